@@ -1,0 +1,1 @@
+"""Model -> facts. Nothing here edits a model (L5)."""

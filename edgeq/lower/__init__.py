@@ -1,0 +1,1 @@
+"""Model x Target -> Artifact: legalize, fuse, emit (L7)."""

@@ -1,0 +1,1 @@
+"""What an app ships: package forms and their manifest (L8)."""

@@ -1,0 +1,1 @@
+"""What a run found out: the record and its views (L0)."""

@@ -1,0 +1,121 @@
+"""The record that comes out of every command, and nothing else: Report and its parts (L0).
+
+Everything edgeq prints, draws or packages is a view of this record. ``to_json`` and ``from_json`` are inverse;
+the schema (``edgeq/report/schema.json``) is committed and versioned by ``SCHEMA``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Notice:
+    """A decision or a warning a person should read. ``node`` names what it is about, when it is about one thing."""
+
+    level: Literal["info", "warning"]
+    code: str
+    message: str
+    node: str = ""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One measured value. ``low``/``high`` bound it at 95 % where it was sampled; ``limit`` is what it was held to.
+
+    ``passed`` is True without a limit. ``limit_kind`` says whether the limit is the most or the least allowed.
+    """
+
+    name: str
+    value: float
+    unit: str = ""
+    low: float | None = None
+    high: float | None = None
+    limit: float | None = None
+    limit_kind: Literal["max", "min"] = "max"
+    passed: bool = True
+    samples: int = 0
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One stage of the pipeline: how long it took, what it changed, in numbers (``facts``) and words (``notes``)."""
+
+    name: str
+    seconds: float
+    facts: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Island:
+    """A node that runs in float, and why. ``macs`` is its share of work in multiply-accumulates."""
+
+    node: str
+    op: str
+    reason: str
+    macs: int = 0
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What runs in which arithmetic, read from the runtime's own optimised graph.
+
+    ``unexplained`` lists Q/DQ nodes that survive fusion and that no boundary with a float island explains.
+    """
+
+    integer_macs_share: float
+    integer_nodes: int
+    mover_nodes: int
+    float_nodes: int
+    boundary_qdq: int
+    float_islands: tuple[Island, ...] = ()
+    unexplained: tuple[str, ...] = ()
+    kernels: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A file that runs. ``digest`` is sha256 of the model with its weights; sizes in bytes, external data included."""
+
+    path: str
+    target: str
+    inputs: dict[str, str]
+    outputs: dict[str, str]
+    size_bytes: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that a run found out. Views: ``report.text``, ``report.html`` and JSON."""
+
+    source: dict[str, Any]
+    target: dict[str, Any]
+    recipe: str
+    artifact: Artifact | None = None
+    steps: tuple[StepRecord, ...] = ()
+    checks: tuple[Check, ...] = ()
+    coverage: Coverage | None = None
+    notices: tuple[Notice, ...] = ()
+    environment: dict[str, Any] = field(default_factory=dict)
+    samples: dict[str, Any] = field(default_factory=dict)
+    latency: dict[str, Any] = field(default_factory=dict)  # "reference"/"artifact"/… -> Timing as a dict, per threads
+    layers: tuple[dict[str, Any], ...] = ()  # name, op, snr_db, reason: a row a quantised tensor
+    candidates: tuple[dict[str, Any], ...] = ()  # what was measured and not shipped, and why
+    schema: int = SCHEMA
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)
+
+    def check(self, name: str) -> Check:
+        """The check called ``name``. KeyError when it was not measured."""
+        for check in self.checks:
+            if check.name == name:
+                return check
+        raise KeyError(name)

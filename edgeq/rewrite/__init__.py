@@ -1,0 +1,1 @@
+"""(Model, facts) -> Model, never in place: a file an idea (L6)."""

@@ -1,0 +1,1 @@
+"""Running a model anywhere: samples, runners, timing (L4)."""
