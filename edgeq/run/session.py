@@ -1,0 +1,257 @@
+"""ONNX Runtime sessions in this process: open one, describe it, run it (L4).
+
+One place sets session options and turns the runtime's exceptions into ``EdgeqError``, instead of each caller doing so,
+because the same model must load the same way when it is calibrated, validated and timed. Warnings of the runtime are
+silenced (severity 3): what they say about placement is read from the optimised graph by ``analyse.coverage``.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import ml_dtypes
+import numpy as np
+import onnx_ir
+import onnxruntime
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
+
+from edgeq.errors import ModelError, RuntimeUnavailableError, SampleError, UsageError
+from edgeq.ir import io
+from edgeq.run.record import Array, Feed, Timing
+
+Level = Literal["all", "extended", "basic", "none"]
+
+LEVELS = {
+    "all": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
+    "extended": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+    "basic": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+    "none": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
+}
+
+DTYPES: dict[str, np.dtype[Any]] = {
+    "tensor(float)": np.dtype(np.float32),
+    "tensor(double)": np.dtype(np.float64),
+    "tensor(float16)": np.dtype(np.float16),
+    "tensor(bfloat16)": np.dtype(ml_dtypes.bfloat16),
+    "tensor(bool)": np.dtype(np.bool_),
+    **{f"tensor({sign}int{bits})": np.dtype(f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)},
+}
+
+# Every class the runtime raises from; they share no base but Exception.
+RUNTIME_ERRORS: tuple[type[Exception], ...] = tuple(
+    value for value in vars(ort_state).values() if isinstance(value, type) and issubclass(value, Exception)
+)
+
+IN_MEMORY_BYTES = 1 << 30  # above this a model is handed over as files: one protobuf holds at most 2 GiB
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, dtype and shape of a model's input or output. A dynamic dimension is its name, or None without one."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int | str | None, ...]
+
+    def __str__(self) -> str:
+        dims = ", ".join("?" if dim is None else str(dim) for dim in self.shape)
+        return f"{self.name} {self.dtype}[{dims}]"
+
+
+def open_session(
+    model: Path | bytes | onnx_ir.Model,
+    *,
+    threads: int = 1,
+    level: Level = "all",
+    provider: str = "CPUExecutionProvider",
+    config: Mapping[str, str] | None = None,
+    optimized_path: Path | None = None,
+    profile_prefix: Path | None = None,
+    shared_pool: bool = False,
+) -> onnxruntime.InferenceSession:
+    """Load ``model`` (file, serialised bytes or IR) and return a session ready to run.
+
+    ``config`` holds session config entries. ``shared_pool`` uses the process-wide thread pool, whose size
+    ``onnxruntime.set_global_thread_pool_sizes`` sets before the first session; ``threads`` has no effect then.
+    Raises ModelError when the runtime refuses the model, RuntimeUnavailableError when it lacks ``provider``.
+    """
+    if provider not in onnxruntime.get_available_providers():
+        available = ", ".join(onnxruntime.get_available_providers())
+        raise RuntimeUnavailableError(
+            f"provider {provider!r} isn't in the installed onnxruntime {onnxruntime.__version__}",
+            hint=f"available here: {available}",
+        )
+    options = _options(threads, level, config or {}, shared_pool)
+    if optimized_path is not None:
+        options.optimized_model_filepath = str(optimized_path)
+    if profile_prefix is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile_prefix)
+    if not isinstance(model, onnx_ir.Model):
+        return _load(model, options, provider)
+    if _weight_bytes(model) <= IN_MEMORY_BYTES:
+        return _load(io.to_bytes(model), options, provider)
+    with tempfile.TemporaryDirectory(prefix="edgeq-", ignore_cleanup_errors=True) as folder:
+        path = Path(folder) / "model.onnx"
+        io.write(model, path)
+        if optimized_path is not None:
+            options.add_session_config_entry(
+                "session.optimized_model_external_initializers_file_name", optimized_path.name + ".data"
+            )
+        return _load(path, options, provider)
+
+
+def _options(threads: int, level: Level, config: Mapping[str, str], shared_pool: bool) -> onnxruntime.SessionOptions:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = LEVELS[level]
+    options.use_per_session_threads = not shared_pool
+    if not shared_pool:
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+    for key, value in config.items():
+        options.add_session_config_entry(key, value)
+    return options
+
+
+def _load(model: Path | bytes, options: onnxruntime.SessionOptions, provider: str) -> onnxruntime.InferenceSession:
+    where = "the model in memory" if isinstance(model, bytes) else str(model)
+    if isinstance(model, Path) and not model.is_file():
+        raise ModelError(f"{where}: no such file", hint="give the path of an .onnx file")
+    try:
+        return onnxruntime.InferenceSession(
+            model if isinstance(model, bytes) else str(model), options, providers=[provider]
+        )
+    except RUNTIME_ERRORS as error:
+        raise ModelError(
+            f"onnxruntime {onnxruntime.__version__} can't load {where}: {first_line(error)}",
+            hint="check the file with `edgeq inspect`; an opset or op newer than the runtime needs a newer onnxruntime",
+        ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a runtime message without its ``[ONNXRuntimeError]`` prefix; the node, when any, is in it."""
+    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return text.removeprefix("[ONNXRuntimeError] : ")
+
+
+def _weight_bytes(model: onnx_ir.Model) -> int:
+    return sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
+
+
+def input_specs(model: onnxruntime.InferenceSession | onnx_ir.Model) -> tuple[TensorSpec, ...]:
+    """The inputs a caller must feed, in order; initializers listed as inputs are left out."""
+    if isinstance(model, onnx_ir.Model):
+        weights = model.graph.initializers
+        return tuple(_value_spec(value) for value in model.graph.inputs if value.name not in weights)
+    return tuple(_node_arg_spec(arg) for arg in model.get_inputs())
+
+
+def output_specs(model: onnxruntime.InferenceSession | onnx_ir.Model) -> tuple[TensorSpec, ...]:
+    """The outputs a run returns, in order."""
+    if isinstance(model, onnx_ir.Model):
+        return tuple(_value_spec(value) for value in model.graph.outputs)
+    return tuple(_node_arg_spec(arg) for arg in model.get_outputs())
+
+
+def _value_spec(value: onnx_ir.Value) -> TensorSpec:
+    if value.dtype is None or value.dtype == onnx_ir.DataType.STRING:
+        raise ModelError(f"{value.name!r} has type {value.dtype}, expected a tensor of numbers")
+    dims = () if value.shape is None else value.shape.dims
+    shape = tuple(dim if isinstance(dim, int) else dim.value for dim in dims)
+    return TensorSpec(str(value.name), np.dtype(value.dtype.numpy()), shape)
+
+
+def _node_arg_spec(arg: onnxruntime.NodeArg) -> TensorSpec:
+    if arg.type not in DTYPES:
+        raise ModelError(f"{arg.name!r} has type {arg.type}, expected a tensor of numbers")
+    return TensorSpec(arg.name, DTYPES[arg.type], tuple(arg.shape))
+
+
+def feeds_like(session: onnxruntime.InferenceSession, seed: int = 0, dims: Mapping[str, int] | None = None) -> Feed:
+    """Random inputs of the right names, dtypes and shapes: for smoke runs and probes, never for a claim on accuracy.
+
+    A dynamic dimension is ``dims[its name]``, else 1. Floats are N(0, 1); integers are 0 or 1, which any vocabulary
+    holds; an attention mask is all ones.
+    """
+    rng = np.random.default_rng(seed)
+    return {spec.name: _random(spec, rng, dims or {}) for spec in input_specs(session)}
+
+
+def _random(spec: TensorSpec, rng: np.random.Generator, dims: Mapping[str, int]) -> Array:
+    shape = tuple(dim if isinstance(dim, int) else dims.get(dim or "", 1) for dim in spec.shape)
+    if "mask" in spec.name:
+        return np.ones(shape, spec.dtype)
+    if spec.dtype.kind in "iub":
+        return rng.integers(0, 2, shape).astype(spec.dtype)
+    return rng.standard_normal(shape).astype(spec.dtype)
+
+
+def run_session(
+    session: onnxruntime.InferenceSession, feed: Mapping[str, Array], outputs: Sequence[str] | None = None
+) -> dict[str, Array]:
+    """One run. Raises SampleError when the feed doesn't fit the inputs, ModelError when a node fails."""
+    names = [arg.name for arg in session.get_outputs()] if outputs is None else list(outputs)
+    try:
+        return dict(zip(names, session.run(names, dict(feed)), strict=True))
+    except (*RUNTIME_ERRORS, ValueError) as error:
+        # Missing inputs are a plain ValueError of the Python wrapper; wrong dtypes and shapes are InvalidArgument.
+        if isinstance(error, ValueError | ort_state.InvalidArgument):
+            expected = "; ".join(map(str, input_specs(session)))
+            raise SampleError(
+                f"a sample doesn't fit the model: {first_line(error)}", hint=f"the inputs are: {expected}"
+            ) from error
+        raise ModelError(f"the model fails while running: {first_line(error)}") from error
+
+
+def run_all(
+    session: onnxruntime.InferenceSession, samples: Iterable[Feed], outputs: Sequence[str] | None = None
+) -> Iterator[dict[str, Array]]:
+    """Outputs (all, or those named) of each sample in turn; nothing is kept between samples."""
+    return (run_session(session, feed, outputs) for feed in samples)
+
+
+class OrtRunner:
+    """``Runner`` on an in-process session."""
+
+    def __init__(self, session: onnxruntime.InferenceSession) -> None:
+        self.session = session
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Input name -> array in, output name -> array out."""
+        return run_session(self.session, inputs)
+
+    def time(self, inputs: Mapping[str, Array], warmup: int, repeats: int) -> Timing:
+        """Wall time of ``repeats`` runs after ``warmup`` more. For two configurations use ``timing.compare``."""
+        if repeats < 1:
+            raise UsageError(f"repeats is {repeats}, expected at least 1")
+        names, feed = [arg.name for arg in self.session.get_outputs()], dict(inputs)
+        self.run(feed)  # checks the feed; the laps below take the shortest way
+        for _ in range(warmup):
+            self.session.run(names, feed)
+        laps = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            self.session.run(names, feed)
+            laps.append((time.perf_counter() - start) * 1e3)
+        threads = int(self.session.get_session_options().intra_op_num_threads)
+        return timing_of(laps, threads=threads, warmup=warmup)
+
+
+def timing_of(
+    laps_ms: Sequence[float],
+    *,
+    threads: int,
+    warmup: int,
+    first_ms: float = 0.0,
+    load_ms: float = 0.0,
+    peak_bytes: int = 0,
+) -> Timing:
+    """Timing from raw laps in milliseconds (at least one)."""
+    low, median, high, p90, p99 = np.percentile(laps_ms, [25, 50, 75, 90, 99]).tolist()
+    return Timing(median, p90, p99, high - low, tuple(laps_ms), threads, warmup, first_ms, load_ms, peak_bytes)
