@@ -47,8 +47,6 @@ RUNTIME_ERRORS: tuple[type[Exception], ...] = tuple(
     value for value in vars(ort_state).values() if isinstance(value, type) and issubclass(value, Exception)
 )
 
-IN_MEMORY_BYTES = 1 << 30  # above this a model is handed over as files: one protobuf holds at most 2 GiB
-
 
 @dataclass(frozen=True)
 class TensorSpec:
@@ -94,7 +92,7 @@ def open_session(
         options.profile_file_prefix = str(profile_prefix)
     if not isinstance(model, onnx_ir.Model):
         return _load(model, options, provider)
-    if _weight_bytes(model) <= IN_MEMORY_BYTES:
+    if io.weight_bytes(model) <= io.INLINE_BYTES:
         return _load(io.to_bytes(model), options, provider)
     with tempfile.TemporaryDirectory(prefix="edgeq-", ignore_cleanup_errors=True) as folder:
         path = Path(folder) / "model.onnx"
@@ -138,10 +136,6 @@ def first_line(error: BaseException) -> str:
     """The first line of a runtime message without its ``[ONNXRuntimeError]`` prefix; the node, when any, is in it."""
     text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return text.removeprefix("[ONNXRuntimeError] : ")
-
-
-def _weight_bytes(model: onnx_ir.Model) -> int:
-    return sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
 
 
 def input_specs(model: onnxruntime.InferenceSession | onnx_ir.Model) -> tuple[TensorSpec, ...]:
@@ -199,13 +193,12 @@ def run_session(
     names = [arg.name for arg in session.get_outputs()] if outputs is None else list(outputs)
     try:
         return dict(zip(names, session.run(names, dict(feed)), strict=True))
-    except (*RUNTIME_ERRORS, ValueError) as error:
-        # Missing inputs are a plain ValueError of the Python wrapper; wrong dtypes and shapes are InvalidArgument.
-        if isinstance(error, ValueError | ort_state.InvalidArgument):
-            expected = "; ".join(map(str, input_specs(session)))
-            raise SampleError(
-                f"a sample doesn't fit the model: {first_line(error)}", hint=f"the inputs are: {expected}"
-            ) from error
+    except (ValueError, ort_state.InvalidArgument) as error:  # a missing input; a wrong name, dtype or shape
+        expected = "; ".join(map(str, input_specs(session)))
+        raise SampleError(
+            f"a sample doesn't fit the model: {first_line(error)}", hint=f"the inputs are: {expected}"
+        ) from error
+    except RUNTIME_ERRORS as error:
         raise ModelError(f"the model fails while running: {first_line(error)}") from error
 
 
