@@ -59,4 +59,4 @@ def parse_format(text: str) -> Format:
     for known in (F32, F16, BF16, Float(4, 3), Float(5, 2), Float(2, 1), Float(3, 2), Float(2, 3)):
         if text == str(known):
             return known
-    raise RecipeError(f"unknown number format {text!r}", hint="use i2…i16, u2…u16, f32, f16, bf16, f8e4m3, f8e5m2, f4e2m1")
+    raise RecipeError(f"unknown number format {text!r}", hint="use i2…i16, u2…u16, f32, f16, bf16, f8e4m3, f4e2m1")
