@@ -1,0 +1,157 @@
+"""A report as one self-contained page: tables that sort, plots that hover, no request to any network (L0).
+
+plotly ships one bundle of 4.8 MB in its wheel; gzipped into the page and unpacked by the browser it is 1.9 MB. Drawing
+our own SVG would be smaller still, but zoom and hover over hundreds of layers are what the page is for.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from edgeq.report import rows
+from edgeq.report.codec import encode
+from edgeq.report.figures import figures
+from edgeq.report.record import Check, Report
+
+PAGE = Path(__file__).with_name("page.html")
+
+
+def render(report: Report) -> str:
+    """The page as text. Every name in it is escaped."""
+    drawn = figures(report)
+    parts = {
+        "title": escape(rows.title(report)),
+        "body": "\n".join(_body(report)),
+        "figures": _script_json({name: figure for name, (_, figure) in drawn.items()}),
+        "plotly": _plotly() if drawn else "",
+    }
+    page = PAGE.read_text(encoding="utf-8")
+    return re.sub(r"@(title|body|figures|plotly)@", lambda match: parts[match[1]], page)
+
+
+@cache
+def _plotly() -> str:
+    """plotly.js, gzipped, in base64; the same bytes each time."""
+    from plotly.offline import get_plotlyjs
+
+    return base64.b64encode(gzip.compress(get_plotlyjs().encode(), 9, mtime=0)).decode()
+
+
+def _script_json(tree: Any) -> str:
+    """JSON that can stand inside a script element: no ``<`` is left to close or open one."""
+    return json.dumps(encode(tree), ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def _body(report: Report) -> Iterable[str]:
+    if rows.is_synthetic(report):
+        yield f'<p class="banner">{escape(rows.SYNTHETIC)}</p>'
+    yield f'<p class="verdict{"" if report.passed else " failed"}">{escape(rows.verdict(report))}</p>'
+    for line in rows.given_up(report):
+        yield f'<p class="warning">given up: {escape(line)}</p>'
+    for notice in sorted(report.notices, key=lambda notice: notice.level != "warning"):
+        where = f" [{notice.node}]" if notice.node else ""
+        yield f'<p class="{notice.level}">{escape(notice.message + where)}</p>'
+    if report.checks:
+        yield "<h2>Checks</h2>" + _checks(report.checks)
+    yield _charts(report)
+    yield from _tables(report)
+
+
+def _charts(report: Report) -> str:
+    sections = (
+        f'<section class="{name}"><h2>{escape(heading)}</h2>'
+        f'<div class="chart" id="{name}"></div>{_caption(name, report)}</section>'
+        for name, (heading, _) in figures(report).items()
+    )
+    return f'<div class="charts">{"".join(sections)}</div>'
+
+
+def _caption(name: str, report: Report) -> str:
+    return f"<p>{escape(rows.coverage_line(report))}</p>" if name == "coverage" else ""
+
+
+def _tables(report: Report) -> Iterable[str]:
+    """The detail: what is short is open, what is long is folded."""
+    latency = [
+        {"configuration": row.configuration, "threads": int(row.threads), "laps": len(row.laps_ms)}
+        | {"median ms": row.median_ms, "p90 ms": row.p90_ms, "p99 ms": row.p99_ms}
+        for row in rows.latency_rows(report)
+    ]
+    yield _section("Latency", latency)
+    islands = [{"node": i.node, "op": i.op, "MACs": i.macs, "reason": i.reason} for i in rows.top_islands(report)]
+    yield _section("Float islands", islands)
+    if report.coverage:
+        yield _section("Unexplained Q/DQ", [{"node": node} for node in report.coverage.unexplained])
+        yield _section("Kernels", [{"kernel": name, "nodes": count} for name, count in report.coverage.kernels.items()])
+    yield _section("Quantized tensors", report.layers)
+    yield _section("Measured and not shipped", report.candidates)
+    steps = [{"step": s.name, "seconds": s.seconds, "facts": s.facts, "notes": list(s.notes)} for s in report.steps]
+    yield _section("Steps", steps)
+    for heading, facts in (
+        ("Source", report.source),
+        ("Target", report.target),
+        ("Samples", report.samples),
+        ("Environment", report.environment),
+    ):
+        yield _section(heading, [{"key": key, "value": value} for key, value in facts.items()])
+
+
+def _section(heading: str, table: Sequence[Mapping[str, Any]]) -> str:
+    if not table:
+        return ""
+    opened = " open" if len(table) <= 12 else ""
+    headers = rows.columns([dict(row) for row in table])
+    body = "".join(f"<tr>{''.join(_cell(row.get(name)) for name in headers)}</tr>" for row in table)
+    numeric = {name for name in headers if all(isinstance(row.get(name), int | float) for row in table)}
+    head = "".join(_header(name, name in numeric) for name in headers)
+    return f"<details{opened}><summary>{escape(heading)} ({len(table)})</summary>{_table(head, body)}</details>"
+
+
+def _table(head: str, body: str) -> str:
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _header(name: str, numeric: bool) -> str:
+    return f"<th{' class=number' if numeric else ''}><button>{escape(name)}</button></th>"
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return f"<td>{'' if value is None else 'yes' if value else 'no'}</td>"
+    if isinstance(value, int | float):
+        return f'<td class="number" data-value="{value}">{rows.number(float(value))}</td>'
+    return f"<td>{escape(_words(value))}</td>"
+
+
+def _words(value: Any) -> str:
+    """A free-form value in a line: ``a: 1, b: 2`` for a mapping, commas for a list."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {_words(item)}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(_words(item) for item in value)
+    return rows.number(value) if isinstance(value, float) else str(value)
+
+
+def _checks(checks: Sequence[Check]) -> str:
+    body = "".join(
+        f"<tr>{_mark(check)}<td>{escape(check.name)}</td>"
+        f'<td class="number" data-value="{check.value}">{escape(rows.quantity(check.value, check.unit))}</td>'
+        f"<td>{rows.interval(check)}</td><td>{rows.limit(check)}</td><td>{escape(check.note)}</td></tr>"
+        for check in checks
+    )
+    head = "".join(_header(name, name == "value") for name in ("", "check", "value", "95 % interval", "limit", "note"))
+    return _table(head, body)
+
+
+def _mark(check: Check) -> str:
+    if not check.passed:
+        return '<td class="failed mark">✗ failed</td>'
+    return '<td class="met mark">✓ met</td>' if check.limit is not None else '<td class="mark">·</td>'

@@ -1,0 +1,155 @@
+"""What every view of a report shows, as plain rows and sentences: the text and the page differ in looks only (L0).
+
+``Report.latency`` maps a configuration ("reference", "artifact", …) to thread counts to a Timing as a dict:
+``{"artifact": {"2": {"median_ms": 3.1, "p90_ms": 3.3, "p99_ms": 4.0, "laps_ms": […], …}}}``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from edgeq.report.record import Check, Island, Report
+
+MIB = 1024.0 * 1024.0
+SYNTHETIC = "SYNTHETIC DATA: accuracy was measured on random inputs and says nothing about real use."
+
+
+@dataclass(frozen=True)
+class LatencyRow:
+    """One configuration at one thread count. Milliseconds; ``laps_ms`` is empty when only the summary was kept."""
+
+    configuration: str
+    threads: str
+    median_ms: float
+    p90_ms: float
+    p99_ms: float
+    laps_ms: tuple[float, ...] = ()
+
+
+def latency_rows(report: Report) -> list[LatencyRow]:
+    """A row a configuration and thread count, threads ascending within a configuration."""
+    return [
+        LatencyRow(
+            configuration,
+            threads,
+            float(timing.get("median_ms", math.nan)),
+            float(timing.get("p90_ms", math.nan)),
+            float(timing.get("p99_ms", math.nan)),
+            tuple(timing.get("laps_ms", ())),
+        )
+        for configuration, timings in report.latency.items()
+        for threads, timing in sorted(timings.items(), key=lambda item: int(item[0]))
+    ]
+
+
+def top_islands(report: Report, count: int | None = None) -> list[Island]:
+    """Float islands by work, most first."""
+    islands = report.coverage.float_islands if report.coverage else ()
+    return sorted(islands, key=lambda island: -island.macs)[:count]
+
+
+def is_synthetic(report: Report) -> bool:
+    """True when any of the samples were random numbers."""
+    return any(_marked_synthetic(report.samples))
+
+
+def _marked_synthetic(tree: Any) -> Iterator[bool]:
+    if isinstance(tree, dict):
+        yield bool(tree.get("synthetic"))
+        for branch in tree.values():
+            yield from _marked_synthetic(branch)
+
+
+def title(report: Report) -> str:
+    """``model.onnx → cpu-x64-vnni · balanced``, as far as it is known."""
+    source = str(report.source.get("name") or report.source.get("path") or "model")
+    target = str(report.target.get("name", ""))
+    return " → ".join(word for word in (source, target) if word) + (f" · {report.recipe}" if report.recipe else "")
+
+
+def number(value: float | None) -> str:
+    """Four significant digits; thousands apart; empty for None."""
+    if value is None:
+        return ""
+    if not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "∞" if value > 0 else "−∞"
+    return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.4g}"
+
+
+def quantity(value: float | None, unit: str) -> str:
+    """A value with its unit; bytes as MiB."""
+    if value is not None and unit in ("bytes", "byte", "B"):
+        return f"{number(value / MIB)} MiB"
+    return f"{number(value)} {unit}".strip()
+
+
+def interval(check: Check) -> str:
+    """``0.58 … 0.66``, empty when the value wasn't sampled."""
+    if check.low is None or check.high is None:
+        return ""
+    return f"{number(check.low)} … {number(check.high)}"
+
+
+def limit(check: Check) -> str:
+    """``≤ 0.5`` or ``≥ 1.3``, empty without a limit."""
+    if check.limit is None:
+        return ""
+    return f"{'≤' if check.limit_kind == 'max' else '≥'} {number(check.limit)}"
+
+
+def coverage_line(report: Report) -> str:
+    """One sentence on what runs in which arithmetic, empty when it wasn't measured."""
+    found = report.coverage
+    if found is None:
+        return ""
+    left = f" · {len(found.unexplained)} unexplained Q/DQ" if found.unexplained else ""
+    return (
+        f"{found.integer_macs_share:.1%} of the multiply-accumulates run on integers: {found.integer_nodes} integer "
+        f"kernels, {found.mover_nodes} data movers, {found.float_nodes} float nodes, {found.boundary_qdq} Q/DQ at "
+        f"their borders{left}"
+    )
+
+
+def sizes(report: Report) -> list[tuple[str, int]]:
+    """(name, bytes) of the source and of what ships, where known."""
+    rows = [("source", report.source.get("size_bytes"))]
+    rows.append(("artifact", report.artifact.size_bytes if report.artifact else None))
+    return [(name, int(size)) for name, size in rows if size]
+
+
+def given_up(report: Report) -> list[str]:
+    """``name: reason`` of each candidate that was measured and not shipped."""
+    return [
+        f"{row.get('name', 'candidate')}: {row.get('reason', 'not the best')}"
+        for row in report.candidates
+        if not row.get("shipped")
+    ]
+
+
+def verdict(report: Report) -> str:
+    """What ships and whether it meets its limits, in one sentence."""
+    failed = [check for check in report.checks if not check.passed]
+    limited = [check for check in report.checks if check.limit is not None]
+    if failed:
+        proof = "FAILED " + ", ".join(f"{check.name} {number(check.value)}, limit {limit(check)}" for check in failed)
+    elif limited:
+        proof = f"all {len(limited)} limits met" if len(limited) > 1 else f"{limited[0].name} {limit(limited[0])} met"
+    else:
+        proof = "no limit was set" if report.checks else "nothing was checked"
+    return f"{_shipped(report)}: {proof}"
+
+
+def _shipped(report: Report) -> str:
+    if report.artifact is None:
+        return "nothing ships"
+    integer = report.coverage is None or report.coverage.integer_nodes > 0
+    what = "" if integer else "the float model, "
+    return f"ships {what}{report.artifact.path} ({number(report.artifact.size_bytes / MIB)} MiB)"
+
+
+def columns(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """All keys of free-form rows, in order of first sight."""
+    return list(dict.fromkeys(key for row in rows for key in row))

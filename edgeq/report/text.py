@@ -1,0 +1,83 @@
+"""A report for a terminal: rich tables, nothing that isn't in the record (L0).
+
+Renderables instead of printing: the caller owns the console, its width and its stream.
+"""
+
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from edgeq.report import rows
+from edgeq.report.record import Report
+
+TOP_ISLANDS = 10
+
+
+def render(report: Report) -> Group:
+    """The whole report, top to bottom; parts that hold nothing are left out."""
+    parts: list[RenderableType | None] = [
+        Text(rows.title(report), style="bold"),
+        Text(f" {rows.SYNTHETIC} ", style="bold white on red") if rows.is_synthetic(report) else None,
+        _checks(report),
+        _latency(report),
+        _coverage(report),
+        *_notices(report),
+        *(Text(f"given up  {line}", style="yellow") for line in rows.given_up(report)),
+        Text(rows.verdict(report), style="bold green" if report.passed else "bold red"),
+    ]
+    return Group(*(part for part in parts if part is not None))
+
+
+def _table(*headers: str, right: tuple[str, ...] = ()) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for header in headers:
+        table.add_column(header, justify="right" if header in right else "left", overflow="fold")
+    return table
+
+
+def _checks(report: Report) -> Table | None:
+    if not report.checks:
+        return None
+    table = _table("", "check", "value", "95 % interval", "limit", "note", right=("value",))
+    for check in report.checks:
+        mark = "[red]✗[/]" if not check.passed else "[green]✓[/]" if check.limit is not None else "·"
+        value = rows.quantity(check.value, check.unit)
+        table.add_row(mark, check.name, value, rows.interval(check), rows.limit(check), escape(check.note))
+    return table
+
+
+def _latency(report: Report) -> Table | None:
+    found = rows.latency_rows(report)
+    if not found:
+        return None
+    numbers = ("threads", "median ms", "p90 ms", "p99 ms")
+    table = _table("latency", *numbers, right=numbers)
+    for row in found:
+        milliseconds = (rows.number(value) for value in (row.median_ms, row.p90_ms, row.p99_ms))
+        table.add_row(escape(row.configuration), row.threads, *milliseconds)
+    return table
+
+
+def _coverage(report: Report) -> Group | None:
+    if report.coverage is None:
+        return None
+    line = Text(rows.coverage_line(report))
+    islands = rows.top_islands(report, TOP_ISLANDS)
+    if not islands:
+        return Group(line)
+    table = _table("float island", "op", "MACs", "reason", right=("MACs",))
+    for island in islands:
+        table.add_row(escape(island.node), escape(island.op), rows.number(island.macs), escape(island.reason))
+    more = len(report.coverage.float_islands) - len(islands)
+    return Group(line, table, *([Text(f"… and {more} more", style="dim")] if more else []))
+
+
+def _notices(report: Report) -> list[Text]:
+    styles = {"warning": "yellow", "info": "dim"}
+    return [
+        Text(f"{notice.level}  {notice.message}" + (f" [{notice.node}]" if notice.node else ""), styles[notice.level])
+        for notice in report.notices
+    ]
