@@ -168,13 +168,18 @@ def _node_arg_spec(arg: onnxruntime.NodeArg) -> TensorSpec:
 
 
 def feeds_like(session: onnxruntime.InferenceSession, seed: int = 0, dims: Mapping[str, int] | None = None) -> Feed:
+    """``random_feed`` for the inputs of ``session``."""
+    return random_feed(input_specs(session), seed, dims)
+
+
+def random_feed(specs: Sequence[TensorSpec], seed: int = 0, dims: Mapping[str, int] | None = None) -> Feed:
     """Random inputs of the right names, dtypes and shapes: for smoke runs and probes, never for a claim on accuracy.
 
     A dynamic dimension is ``dims[its name]``, else 1. Floats are N(0, 1); integers are 0 or 1, which any vocabulary
     holds; an attention mask is all ones.
     """
     rng = np.random.default_rng(seed)
-    return {spec.name: _random(spec, rng, dims or {}) for spec in input_specs(session)}
+    return {spec.name: _random(spec, rng, dims or {}) for spec in specs}
 
 
 def _random(spec: TensorSpec, rng: np.random.Generator, dims: Mapping[str, int]) -> Array:
