@@ -1,0 +1,1 @@
+"""Tests as a package, so that ``tests.zoo`` names its models and data by import path."""

@@ -1,0 +1,50 @@
+"""The metric of a model file on labelled samples, by ONNX Runtime alone: a judge that shares no code with edgeq."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tests.zoo.packages import load
+
+Outputs = dict[str, NDArray[Any]]
+
+
+def session(path: str | Path, threads: int = 2) -> Any:
+    """An ONNX Runtime session on the CPU, silent but for errors."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def outputs(path: str | Path, samples: Iterable[dict[str, Any]]) -> tuple[list[Outputs], list[Any]]:
+    """What the model returns for each sample, and the labels. Inputs the model doesn't have (pinned) are left out."""
+    runner = session(path)
+    inputs, names = {value.name for value in runner.get_inputs()}, [value.name for value in runner.get_outputs()]
+    results, labels = [], []
+    for sample in samples:
+        values = runner.run(names, {name: value for name, value in sample.items() if name in inputs})
+        results.append(dict(zip(names, values, strict=True)))
+        labels.append(sample["label"])
+    return results, labels
+
+
+def metric_value(metric: str, results: list[Outputs], labels: list[Any]) -> float:
+    """The metric ``pkg.module:fn`` over all samples: a corpus metric as it is, else the mean over samples."""
+    measure = load(metric)
+    if getattr(measure, "corpus", False):
+        return float(measure(results, labels))
+    return float(np.mean([measure(result, label) for result, label in zip(results, labels, strict=True)]))
+
+
+def cosine(a: list[Outputs], b: list[Outputs]) -> float:
+    """Mean over samples of the cosine between the first outputs, flattened."""
+    pairs = ((next(iter(x.values())).ravel(), next(iter(y.values())).ravel()) for x, y in zip(a, b, strict=True))
+    return float(np.mean([x @ y / max(np.linalg.norm(x) * np.linalg.norm(y), 1e-12) for x, y in pairs]))
