@@ -1,0 +1,129 @@
+"""Plan + statistics -> Encodings: every scale, zero point and bias code of the quantized model (L5).
+
+Ranges come from one set of statistics by any method of ``num.fit``; tied tensors (data movers) take the parameters of
+the tensor their codes come from. Biases are fitted last, because their scale is the product of the other two and a
+bias that would overflow raises its channel's weight scale (AIMET's guard; ONNX Runtime issues 11415 and 21000).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from edgeq.analyse.place import Atom, Plan
+from edgeq.analyse.stats import Stats
+from edgeq.errors import ModelError
+from edgeq.ir import query
+from edgeq.ir.ops import OPS
+from edgeq.num import fit
+from edgeq.num.quant import TENSOR, QParams, Quant
+from edgeq.target.record import Target
+
+Edge = tuple[str, int]  # node name, input index
+
+
+@dataclass(frozen=True)
+class Encodings:
+    """``activations``: tensor -> parameters. ``constants``: edge -> parameters of the constant read there.
+    ``biases``: edge -> int32 codes [out] and their f32 scales [out]. ``notes``: what had to be adjusted."""
+
+    activations: dict[str, QParams]
+    constants: dict[Edge, QParams]
+    biases: dict[Edge, tuple[NDArray[np.int32], NDArray[np.float32]]]
+    notes: tuple[str, ...] = ()
+
+
+def encode(plan: Plan, stats: Mapping[str, Stats], target: Target, *, method: str = "mse") -> Encodings:
+    """Fit everything the plan quantizes. ``method``: a name of ``num.fit.METHODS`` for activation ranges.
+
+    Raises ModelError naming a planned tensor that calibration never saw."""
+    activations: dict[str, QParams] = {}
+    for name, quant in plan.tensors.items():
+        root = _root(name, plan.ties)
+        if root not in activations:
+            activations[root] = _activation(root, plan.tensors.get(root, quant), stats, target, method)
+        activations[name] = activations[root]
+    constants: dict[Edge, QParams] = {}
+    biases: dict[Edge, tuple[NDArray[np.int32], NDArray[np.float32]]] = {}
+    notes: list[str] = []
+    for atom in (atom for atom in plan.atoms if atom.name in plan.integer):
+        for index in atom.constants:
+            constants[atom.name, index] = _constant(atom, index, target)
+        _bias(atom, activations, constants, biases, notes)
+    return Encodings(activations, constants, biases, tuple(notes))
+
+
+def observed(plan: Plan) -> list[str]:
+    """The tensors whose statistics ``encode`` needs: one a tie, in plan order."""
+    return list(dict.fromkeys(_root(name, plan.ties) for name in plan.tensors))
+
+
+def _root(name: str, ties: Mapping[str, str]) -> str:
+    while name in ties:
+        name = ties[name]
+    return name
+
+
+def _activation(name: str, quant: Quant, stats: Mapping[str, Stats], target: Target, method: str) -> QParams:
+    if name not in stats or stats[name].count == 0:
+        raise ModelError(
+            f"calibration saw no value of tensor {name!r}", hint="use samples that reach this part of the model"
+        )
+    seen = stats[name]
+    lo, hi = fit.fit_range(method, seen.histogram, seen.min, seen.max, quant)
+    return fit.params_of_range(lo, hi, quant, min_scale=target.limits.min_scale)
+
+
+def _constant(atom: Atom, index: int, target: Target) -> QParams:
+    array = _array(atom, index)
+    if OPS[atom.head.op_type].weight != index:
+        lo, hi = min(float(array.min()), 0.0), max(float(array.max()), 0.0)
+        return fit.params_of_range(lo, hi, target.activations, min_scale=target.limits.min_scale)
+    axis = query.out_axis(atom.head)
+    if axis is None or (atom.head.op_type == "MatMul" and array.ndim != 2):
+        quant, axis = replace(target.weights, block=TENSOR), None
+    else:
+        quant = target.weights
+    return fit.fit_weight(array, quant, axis, code_max=target.limits.weight_code_max)
+
+
+def _array(atom: Atom, index: int) -> NDArray[Any]:
+    array = query.constant(atom.head.inputs[index])
+    if array is None:
+        raise TypeError(f"input {index} of {atom.name} is not constant")
+    return array
+
+
+def _bias(
+    atom: Atom,
+    activations: Mapping[str, QParams],
+    constants: dict[Edge, QParams],
+    biases: dict[Edge, tuple[NDArray[np.int32], NDArray[np.float32]]],
+    notes: list[str],
+) -> None:
+    row = OPS[atom.head.op_type]
+    if row.bias is None or row.weight is None or (atom.name, row.weight) not in constants:
+        return
+    array = query.constant(atom.head.inputs[row.bias]) if row.bias < len(atom.head.inputs) else None
+    if array is None:
+        return
+    weight = constants[atom.name, row.weight]
+    scale_x = float(activations[str(atom.inputs[0].name)].scale)
+    codes, scales, adjusted = fit.fit_bias(array.astype(np.float32).reshape(-1), scale_x, weight)
+    if adjusted is not weight and not np.array_equal(adjusted.scale, weight.scale):
+        raised = int(np.count_nonzero(adjusted.scale != weight.scale))
+        notes.append(f"{atom.name}: weight scale raised on {raised} channels so that the int32 bias fits")
+        constants[atom.name, row.weight] = adjusted
+    biases[atom.name, row.bias] = codes, scales
+
+
+def head_values(model: ir.Model) -> dict[str, ir.Value]:
+    """Every named value of the main graph by name."""
+    values = {str(value.name): value for value in model.graph.inputs}
+    values.update({str(value.name): value for node in model.graph for value in node.outputs})
+    return values

@@ -1,0 +1,321 @@
+"""Where Q/DQ go: the whole decision, made before any edit and printable (L5).
+
+A Plan labels every *atom* - a node with what the target folds into it (bias Add, Relu, Clip) - integer or float.
+Candidates are what the oracle saw become an integer kernel; among them one minimum cut picks the labels with the least
+total cost of kernels and of the Q/DQ between the two worlds. Instead of rules ("Add after Conv is quantized"): the
+rules of one runtime fail on the next, and greedy placement leaves islands that cost more than they save.
+Costs are the defaults below at first, and measured per-node times once a profile exists.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+
+from edgeq.analyse.cut import INFINITE, Network
+from edgeq.ir import query
+from edgeq.ir.ops import OPS
+from edgeq.num.quant import Quant
+from edgeq.target.oracle import Oracle, Verdict
+from edgeq.target.record import Target
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+# Nanoseconds of one thread with VNNI (ONNX Runtime 1.32, one core of an EPYC): medians over the profiles of
+# EfficientNet-Lite0, MobileNetV2 and PP-OCRv4. Only their ratios matter, and only until a profile replaces them.
+NODE_NS = 1500.0
+FLOAT_NS_MAC, INT_NS_MAC = 0.045, 0.018
+FLOAT_NS_ELEMENT, INT_NS_ELEMENT = 0.35, 0.25
+BOUNDARY_NS_ELEMENT = 0.45
+
+
+@dataclass(frozen=True)
+class Atom:
+    """Nodes that run as one kernel. ``inputs`` and ``constants`` are the edges to quantize, ``outputs`` what it
+    writes; ``head`` does the work and names the atom."""
+
+    head: ir.Node
+    tail: tuple[ir.Node, ...]
+    inputs: tuple[ir.Value, ...]
+    constants: tuple[int, ...]
+    outputs: tuple[ir.Value, ...]
+    verdict: Verdict
+    float_output: bool = False  # an integer kernel exists that writes float (no Q wanted behind it)
+
+    @property
+    def name(self) -> str:
+        return str(self.head.name)
+
+    @property
+    def nodes(self) -> tuple[ir.Node, ...]:
+        return (self.head, *self.tail)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Nanoseconds by name: of atoms in ``float_ns`` and ``integer_ns``, of crossing a tensor in ``boundary_ns``."""
+
+    float_ns: Mapping[str, float]
+    integer_ns: Mapping[str, float]
+    boundary_ns: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The decision. ``tensors``: activation -> mapping. ``integer``: atom's head -> kernel expected.
+    ``left_float``: node -> reason. ``bare``: integer heads whose output stays float. ``ties``: tensor -> tensor whose
+    parameters it must share (data movers)."""
+
+    tensors: dict[str, Quant]
+    integer: dict[str, str]
+    left_float: dict[str, str]
+    bare: frozenset[str] = frozenset()
+    ties: dict[str, str] = field(default_factory=dict)
+    atoms: tuple[Atom, ...] = ()
+
+
+def find_atoms(model: ir.Model, target: Target, oracle: Oracle, shapes: Shapes) -> tuple[Atom, ...]:
+    """Group the main graph's nodes and ask the oracle about each group. Nodes in bodies are left alone."""
+    found: list[Atom] = []
+    absorbed: set[ir.Node] = set()
+    asked = {*target.quantized, *target.through}
+    for node in model.graph:
+        if node in absorbed or node.domain not in ("", "ai.onnx"):
+            continue
+        atom = _atom(node, asked, oracle, shapes)
+        absorbed.update(atom.tail)
+        found.append(atom)
+    return tuple(found)
+
+
+def _atom(node: ir.Node, asked: set[str], oracle: Oracle, shapes: Shapes) -> Atom:
+    inputs, constants = _operands(node)
+    if node.op_type not in asked:
+        return _float_atom(node, "no integer kernel on this target")
+    if not inputs:
+        return _float_atom(node, "no float tensor flows in")
+    if not all(query.is_float(value) for value in node.outputs):
+        return _float_atom(node, "its output is not float")
+    quantized = (*(index for index, _ in inputs), *constants)
+    verdict, tail = _ask_with_tail(node, quantized, oracle, shapes)
+    bare = verdict.kind == "integer" and not tail and _can_be_bare(node, quantized, oracle, shapes)
+    outputs = tail[-1].outputs if tail else node.outputs
+    return Atom(node, tail, tuple(value for _, value in inputs), constants, tuple(outputs), verdict, bare)
+
+
+def _float_atom(node: ir.Node, reason: str) -> Atom:
+    values = tuple(value for value in node.inputs if query.is_float(value) and not query.is_constant(value))
+    return Atom(
+        node, (), tuple(v for v in values if v is not None), (), tuple(node.outputs), Verdict("float", "", reason)
+    )
+
+
+def _operands(node: ir.Node) -> tuple[list[tuple[int, ir.Value]], tuple[int, ...]]:
+    """Float activations (index, value) and indices of constant float operands that are neither weight nor bias."""
+    row = OPS.get(node.op_type)
+    if row is None:
+        return [], ()
+    indices: Iterable[int] = range(len(node.inputs)) if row.data == (-1,) else row.data
+    inputs, constants = [], []
+    for index in indices:
+        value = node.inputs[index] if index < len(node.inputs) else None
+        if value is None or not query.is_float(value):
+            continue
+        if not query.is_constant(value):
+            inputs.append((index, value))
+        elif index != row.weight:
+            constants.append(index)
+    if row.weight is not None and row.weight < len(node.inputs) and query.is_constant(node.inputs[row.weight]):
+        constants.append(row.weight)
+    return inputs, tuple(sorted(constants))
+
+
+def _ask_with_tail(
+    node: ir.Node, quantized: tuple[int, ...], oracle: Oracle, shapes: Shapes
+) -> tuple[Verdict, tuple[ir.Node, ...]]:
+    """The longest chain behind ``node`` that the target folds into one integer kernel."""
+    chain = [node]
+    for kinds in (("Add",) if node.op_type == "MatMul" else (), ("Relu", "Clip")):
+        follower = _only_reader(chain[-1], kinds)
+        if follower is not None:
+            chain.append(follower)
+    operands = {str(node.inputs[index].name) for index in quantized}  # type: ignore[union-attr]
+    while len(chain) > 1:
+        edges = {*operands, *(str(value.name) for value in chain[-1].outputs)}
+        verdicts = oracle.ask_pattern(chain, edges, shapes=shapes)
+        if verdicts[0].kind == "integer" and all(verdict.kind != "float" for verdict in verdicts):
+            return verdicts[0], tuple(chain[1:])
+        chain.pop()
+    return oracle.ask(node, quantized_inputs=quantized, shapes=shapes), ()
+
+
+def _only_reader(node: ir.Node, kinds: tuple[str, ...]) -> ir.Node | None:
+    """The one node of ``kinds`` that reads ``node``'s output alone, its other operands constant."""
+    output = node.outputs[0]
+    readers = output.uses()
+    if output.is_graph_output() or len(readers) != 1:
+        return None
+    reader = next(iter(readers))[0]
+    others = [value for value in reader.inputs if value is not output and value is not None]
+    if reader.op_type not in kinds or reader.graph is not node.graph or not all(map(query.is_constant, others)):
+        return None
+    if reader.op_type == "Add" and (query.dims(others[0]) is None or len(query.dims(others[0]) or ()) != 1):
+        return None
+    return reader
+
+
+def _can_be_bare(node: ir.Node, quantized: tuple[int, ...], oracle: Oracle, shapes: Shapes) -> bool:
+    if OPS[node.op_type].weight is None:
+        return False
+    return oracle.ask(node, quantized_inputs=quantized, output="float", shapes=shapes).kind == "integer"
+
+
+def default_costs(atoms: Iterable[Atom], shapes: Shapes) -> Costs:
+    """Estimates from work and sizes, for the first plan."""
+    float_ns, integer_ns, boundary = {}, {}, {}
+    for atom in atoms:
+        elements = sum(_elements(value, shapes) for value in atom.outputs)
+        work = query.macs(atom.head, shapes.get(str(atom.head.outputs[0].name)))
+        float_ns[atom.name] = NODE_NS + work * FLOAT_NS_MAC + elements * FLOAT_NS_ELEMENT
+        integer_ns[atom.name] = NODE_NS + work * INT_NS_MAC + elements * INT_NS_ELEMENT
+        for value in (*atom.inputs, *atom.outputs):
+            boundary[str(value.name)] = NODE_NS + _elements(value, shapes) * BOUNDARY_NS_ELEMENT
+    return Costs(float_ns, integer_ns, boundary)
+
+
+def _elements(value: ir.Value, shapes: Shapes) -> int:
+    shape = shapes.get(str(value.name))
+    return math.prod(shape) if shape is not None else 1
+
+
+def place(
+    atoms: tuple[Atom, ...], target: Target, costs: Costs, *, keep_float: Mapping[str, str] | None = None
+) -> Plan:
+    """Atoms + costs -> Plan. ``keep_float``: node or atom name -> why it must stay float (rolled back, sensitive)."""
+    keep_float = keep_float or {}
+    candidates = [
+        atom
+        for atom in atoms
+        if atom.verdict.kind != "float" and not any(str(node.name) in keep_float for node in atom.nodes)
+    ]
+    labels = _useful(candidates, _cut(candidates, costs))
+    return _plan(atoms, labels, target, keep_float)
+
+
+def _cut(candidates: list[Atom], costs: Costs) -> set[str]:
+    """Names of the atoms on the integer side of the cheapest cut."""
+    network = Network()
+    vertex = {atom.name: network.vertex() for atom in candidates}
+    writer = {id(value): atom for atom in candidates for value in atom.outputs}
+    inner = {node: atom for atom in candidates for node in atom.nodes}
+    for atom in candidates:
+        network.edge(Network.SOURCE, vertex[atom.name], costs.float_ns[atom.name])
+        network.edge(vertex[atom.name], Network.SINK, costs.integer_ns[atom.name])
+    tensors = {id(value): value for atom in candidates for value in (*atom.inputs, *atom.outputs)}
+    for key, value in tensors.items():
+        price = costs.boundary_ns[str(value.name)]
+        producer = writer.get(key)
+        start = Network.SINK if producer is None else vertex[producer.name]
+        readers = [inner.get(node) for node in query.users(value)]
+        _add_q(network, start, [vertex[a.name] for a in readers if a is not None], price)
+        if producer is not None:
+            outside = any(a is None for a in readers) or value.is_graph_output()
+            free = producer.float_output and not any(a is not None for a in readers)
+            _add_dq(network, start, [vertex[a.name] for a in readers if a is not None], outside, 0.0 if free else price)
+    side = network.source_side()
+    return {atom.name for atom in candidates if vertex[atom.name] in side}
+
+
+def _add_q(network: Network, producer: int, readers: list[int], price: float) -> None:
+    """One Q is paid when the producer is float and any reader integer."""
+    if readers:
+        quantizer = network.vertex()
+        network.edge(quantizer, producer, price)
+        for reader in readers:
+            network.edge(reader, quantizer, INFINITE)
+
+
+def _add_dq(network: Network, producer: int, readers: list[int], outside: bool, price: float) -> None:
+    """One DQ is paid when the producer is integer and any reader float."""
+    dequantizer = network.vertex()
+    network.edge(producer, dequantizer, price)
+    for reader in readers:
+        network.edge(dequantizer, reader, INFINITE)
+    if outside:
+        network.edge(dequantizer, Network.SINK, INFINITE)
+
+
+def _useful(candidates: list[Atom], labels: set[str]) -> set[str]:
+    """Drop integer regions without a single multiply-accumulate: they only add rounding."""
+    chosen = {atom.name: atom for atom in candidates if atom.name in labels}
+    inner = {node: atom.name for atom in chosen.values() for node in atom.nodes}
+    seen: set[str] = set()
+    useful: set[str] = set()
+    for atom in chosen.values():
+        if atom.name in seen:
+            continue
+        region = _region(atom, chosen, inner)
+        seen |= region
+        if any(OPS[chosen[name].head.op_type].weight is not None for name in region):
+            useful |= region
+    return useful
+
+
+def _region(start: Atom, chosen: Mapping[str, Atom], inner: Mapping[ir.Node, str]) -> set[str]:
+    """Integer atoms reachable from ``start`` over tensors that carry codes."""
+    region, stack = {start.name}, [start]
+    while stack:
+        atom = stack.pop()
+        around = [value.producer() for value in atom.inputs] + [
+            node for value in atom.outputs for node in query.users(value)
+        ]
+        for node in around:
+            name = inner.get(node) if node is not None else None
+            if name is not None and name not in region:
+                region.add(name)
+                stack.append(chosen[name])
+    return region
+
+
+def _plan(atoms: tuple[Atom, ...], labels: set[str], target: Target, keep_float: Mapping[str, str]) -> Plan:
+    tensors: dict[str, Quant] = {}
+    ties: dict[str, str] = {}
+    bare: set[str] = set()
+    reads_codes = {id(value) for atom in atoms if atom.name in labels for value in atom.inputs}
+    for atom in (atom for atom in atoms if atom.name in labels):
+        for value in atom.inputs:
+            tensors[str(value.name)] = target.activations
+        if atom.float_output and not any(id(value) in reads_codes for value in atom.outputs):
+            bare.add(atom.name)
+            continue
+        for value in atom.outputs:
+            tensors[str(value.name)] = target.activations
+            if atom.verdict.kind == "mover":
+                ties[str(value.name)] = str(atom.inputs[0].name)
+    return Plan(
+        tensors,
+        {atom.name: atom.verdict.kernel for atom in atoms if atom.name in labels},
+        _reasons(atoms, labels, keep_float),
+        frozenset(bare),
+        ties,
+        atoms,
+    )
+
+
+def _reasons(atoms: tuple[Atom, ...], labels: set[str], keep_float: Mapping[str, str]) -> dict[str, str]:
+    """Why each node outside the integer world is there."""
+    reasons = {}
+    for atom in (atom for atom in atoms if atom.name not in labels):
+        kept = [keep_float[str(node.name)] for node in atom.nodes if str(node.name) in keep_float]
+        reason = (
+            kept[0]
+            if kept
+            else atom.verdict.reason
+            if atom.verdict.kind == "float"
+            else ("an integer kernel exists, but Q/DQ around it cost more than it saves")
+        )
+        reasons.update({str(node.name): reason for node in atom.nodes})
+    return reasons

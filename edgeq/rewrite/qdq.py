@@ -1,0 +1,170 @@
+"""Insert QuantizeLinear/DequantizeLinear as a Plan and its Encodings say (L6).
+
+Nothing is decided here. Codes are stored for every constant; activations get one Q and one DQ each: behind an integer
+kernel every reader takes the DQ (the kernel writes codes only), behind a float producer only integer kernels do, so
+float readers keep the exact value.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from edgeq.analyse.encode import Encodings, head_values
+from edgeq.analyse.place import Plan
+from edgeq.ir import edit, query
+from edgeq.num.formats import Int
+from edgeq.num.quant import QParams, quantize
+
+
+def insert_qdq(model: ir.Model, plan: Plan, encodings: Encodings) -> ir.Model:
+    """(Model, decision) -> QDQ model. Raises KeyError when the plan names what the model doesn't have."""
+    clone = model.clone()
+    names = edit.Names(clone)
+    heads = {str(node.name): node for node in clone.graph}
+    values = head_values(clone)
+    readers = _integer_readers(plan, heads)
+    integer_outputs = {
+        str(value.name)
+        for atom in plan.atoms
+        if atom.name in plan.integer and atom.name not in plan.bare
+        for value in atom.outputs
+    }
+    for name in plan.tensors:
+        _quantize_tensor(
+            clone.graph,
+            values[name],
+            encodings.activations[name],
+            names,
+            None if name in integer_outputs else readers.get(name, []),
+        )
+    for (node, index), params in encodings.constants.items():
+        if node not in plan.integer:
+            continue  # encodings of a larger plan serve its parts
+        _quantize_constant(clone.graph, heads[node], index, params, names)
+    for (node, index), (codes, scales) in encodings.biases.items():
+        if node not in plan.integer:
+            continue
+        _quantize_bias(clone.graph, heads[node], index, codes, scales, names)
+    edit.drop_dead(clone)
+    return clone
+
+
+def _integer_readers(plan: Plan, heads: dict[str, ir.Node]) -> dict[str, list[tuple[ir.Node, int]]]:
+    """Tensor name -> the (node, input index) places where integer kernels read it."""
+    readers: dict[str, list[tuple[ir.Node, int]]] = {}
+    for atom in (atom for atom in plan.atoms if atom.name in plan.integer):
+        wanted = {str(value.name) for value in atom.inputs}
+        head = heads[atom.name]
+        for index, value in enumerate(head.inputs):
+            if value is not None and value.name in wanted and not query.is_constant(value):
+                readers.setdefault(str(value.name), []).append((head, index))
+    return readers
+
+
+def _quantize_tensor(
+    graph: ir.Graph, value: ir.Value, params: QParams, names: edit.Names, readers: list[tuple[ir.Node, int]] | None
+) -> None:
+    """value -> Q -> DQ. ``readers``: places that take the DQ; None means all of them, the graph's output included."""
+    name = str(value.name)
+    scale, zero = _parameters(graph, name, params, names)
+    everywhere = readers is None
+    places = list(value.uses()) if readers is None else readers
+    q = edit.make_node(
+        "QuantizeLinear",
+        [value, scale, zero],
+        names.fresh(f"{name}_QuantizeLinear"),
+        names.fresh(f"{name}_quantized"),
+        like=value,
+        dtype=_dtype(params),
+    )
+    dq = edit.make_node(
+        "DequantizeLinear",
+        [q.outputs[0], scale, zero],
+        names.fresh(f"{name}_DequantizeLinear"),
+        names.fresh(f"{name}_dequantized"),
+        like=value,
+    )
+    producer = value.producer()
+    if producer is None:
+        first = next(iter(graph))
+        graph.insert_before(first, [q, dq])
+    else:
+        graph.insert_after(producer, [q, dq])
+    for node, index in places:
+        node.replace_input_with(index, dq.outputs[0])
+    if everywhere and value.is_graph_output():
+        _hand_over_output(graph, value, dq.outputs[0], names)
+
+
+def _hand_over_output(graph: ir.Graph, value: ir.Value, new: ir.Value, names: edit.Names) -> None:
+    """The graph's output keeps its name though another node writes it now."""
+    name = str(value.name)
+    value.name = names.fresh(f"{name}_raw")
+    new.name = name
+    for index, output in enumerate(graph.outputs):
+        if output is value:
+            graph.outputs[index] = new
+
+
+def _quantize_constant(graph: ir.Graph, node: ir.Node, index: int, params: QParams, names: edit.Names) -> None:
+    value = node.inputs[index]
+    array = query.constant(value)
+    if value is None or array is None:
+        raise TypeError(f"input {index} of {node.name} is not constant")
+    dtype = _dtype(params)
+    codes = quantize(array.astype(np.float32), params).astype(dtype.numpy())
+    name = names.fresh(f"{value.name}_quantized")
+    stored = edit.add_initializer(graph, name, codes)
+    scale, zero = _parameters(graph, name, params, names)
+    _dequantize(graph, node, index, [stored, scale, zero], params.axis, value, names)
+
+
+def _quantize_bias(
+    graph: ir.Graph, node: ir.Node, index: int, codes: np.ndarray, scales: np.ndarray, names: edit.Names
+) -> None:
+    value = node.inputs[index]
+    if value is None:
+        raise TypeError(f"{node.name} has no bias")
+    name = names.fresh(f"{value.name}_quantized")
+    stored = edit.add_initializer(graph, name, codes.astype(np.int32))
+    scale = edit.add_initializer(graph, names.fresh(f"{name}_scale"), scales.astype(np.float32))
+    zero = edit.add_initializer(graph, names.fresh(f"{name}_zero_point"), np.zeros(scales.shape, np.int32))
+    _dequantize(graph, node, index, [stored, scale, zero], 0 if scales.ndim else None, value, names)
+
+
+def _dequantize(
+    graph: ir.Graph,
+    node: ir.Node,
+    index: int,
+    inputs: list[ir.Value],
+    axis: int | None,
+    like: ir.Value,
+    names: edit.Names,
+) -> None:
+    """Put a DQ of stored codes before input ``index`` of ``node``. Each reader has its own: shared ones don't fuse."""
+    attributes = {} if axis is None else {"axis": axis}
+    stem = str(inputs[0].name)
+    dq = edit.make_node(
+        "DequantizeLinear",
+        inputs,
+        names.fresh(f"{stem}_DequantizeLinear"),
+        names.fresh(f"{stem}_dequantized"),
+        attributes,
+        like=like,
+    )
+    graph.insert_before(node, dq)
+    node.replace_input_with(index, dq.outputs[0])
+
+
+def _parameters(graph: ir.Graph, stem: str, params: QParams, names: edit.Names) -> tuple[ir.Value, ir.Value]:
+    scale = edit.add_initializer(graph, names.fresh(f"{stem}_scale"), params.scale.astype(np.float32))
+    zero = params.zero_point.astype(_dtype(params).numpy())
+    return scale, edit.add_initializer(graph, names.fresh(f"{stem}_zero_point"), zero)
+
+
+def _dtype(params: QParams) -> ir.DataType:
+    form = params.quant.format
+    if not isinstance(form, Int):
+        raise TypeError(f"{params.quant} has no integer codes")
+    return ir.DataType[f"{'INT' if form.signed else 'UINT'}{form.bits}"]
