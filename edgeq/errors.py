@@ -78,9 +78,9 @@ class CheckFailedError(EdgeqError):
     exit_status = 1
 
 
-def did_you_mean(word: str, known: list[str]) -> str:
-    """A sentence with the nearest known word, or the list of all of them."""
+def did_you_mean(word: str, known: list[str], otherwise: str = "") -> str:
+    """A sentence with the nearest known word; without one ``otherwise``, or the list of all of them."""
     import difflib
 
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"did you mean {near[0]!r}?" if near else "known: " + ", ".join(sorted(known))
+    return f"did you mean {near[0]!r}?" if near else otherwise or "known: " + ", ".join(sorted(known))

@@ -111,12 +111,12 @@ def check_keys(found: Sequence[str], specs: Sequence[TensorSpec], where: str) ->
     missing = [name for name in names if name not in found]
     has, wants = ", ".join(map(repr, found)) or "nothing", ", ".join(map(repr, names))
     if missing:
-        hint = did_you_mean(missing[0], extra) if extra else "add the key"
+        hint = did_you_mean(missing[0], extra, "rename or add the key")
         raise SampleError(f"{where}: no key {missing[0]!r}; it has {has}, the model's inputs are {wants}", hint=hint)
     if extra:
         raise SampleError(
             f"{where}: key {extra[0]!r} is no input of the model; its inputs are {wants}",
-            hint=f"{did_you_mean(extra[0], [*names, *LABEL_KEYS])}; else drop the key",
+            hint=did_you_mean(extra[0], [*names, *LABEL_KEYS], "drop the key"),
         )
 
 

@@ -36,7 +36,10 @@ class Samples:
 
 @dataclass(frozen=True)
 class Timing:
-    """Latency of one configuration. All in milliseconds; ``laps_ms`` are the raw laps in the order they ran."""
+    """Latency of one configuration. All in milliseconds; ``laps_ms`` are the raw laps in the order they ran.
+
+    ``laps_per_turn`` laps in a row belong to one turn; turn k of two configurations compared together is a pair.
+    """
 
     median_ms: float
     p90_ms: float
@@ -48,6 +51,7 @@ class Timing:
     first_ms: float = 0.0
     load_ms: float = 0.0
     peak_bytes: int = 0
+    laps_per_turn: int = 1
 
 
 class Runner(Protocol):

@@ -75,8 +75,9 @@ def _open(
     if path.exists():
         raise SampleError(f"can't use {spec!r} as samples: {path.suffix or 'no'} suffix", hint=f"use {FORMS}")
     near = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    hint = did_you_mean(path.name, near) if 0 < len(near) <= 20 else f"use {FORMS}"
-    raise SampleError(f"no samples at {spec!r}: no such file or folder", hint=hint)
+    raise SampleError(
+        f"no samples at {spec!r}: no such file or folder", hint=did_you_mean(path.name, near, f"use {FORMS}")
+    )
 
 
 def take(samples: Samples, count: int) -> Samples:

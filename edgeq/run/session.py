@@ -249,7 +249,10 @@ def timing_of(
     first_ms: float = 0.0,
     load_ms: float = 0.0,
     peak_bytes: int = 0,
+    laps_per_turn: int = 1,
 ) -> Timing:
     """Timing from raw laps in milliseconds (at least one)."""
     low, median, high, p90, p99 = np.percentile(laps_ms, [25, 50, 75, 90, 99]).tolist()
-    return Timing(median, p90, p99, high - low, tuple(laps_ms), threads, warmup, first_ms, load_ms, peak_bytes)
+    return Timing(
+        median, p90, p99, high - low, tuple(laps_ms), threads, warmup, first_ms, load_ms, peak_bytes, laps_per_turn
+    )
