@@ -55,7 +55,7 @@ class _Builder:
         self.shrink = _shrinks(asked)
         self.ranges: dict[ir.Value, tuple[float, float]] = {}
         self.scales: dict[ir.Value, NDArray[np.float32]] = {}
-        self.real: dict[ir.Value, ir.Value] = {}  # value of the pattern -> what its readers read
+        self.real: dict[ir.Value, ir.Value] = {}  # value of the pattern -> its float copy
         self.codes: dict[ir.Value, tuple[ir.Value, list[ir.Value]]] = {}  # activation -> codes, (scale, zero point)
         self.nodes: list[ir.Node] = []
         self.inputs: list[ir.Value] = []
@@ -71,7 +71,7 @@ class _Builder:
             for value in node.outputs:
                 self._range(value)
                 if value in self.asked.quantized:
-                    self.real[value] = self._qdq(value, self.real[value])
+                    self._quantize(value)
         leaves = [self._leaf(value) for value in self.asked.leaves()]
         domains = {node.domain: 1 for node in self.asked.nodes}
         graph = ir.Graph(
@@ -85,40 +85,37 @@ class _Builder:
         return ir.Model(graph, ir_version=IR_VERSION, producer_name="edgeq")
 
     def _leaf(self, value: ir.Value) -> ir.Value:
-        """The graph output of a value; a Q/DQ edge gets a DequantizeLinear of its own, as every reader does."""
-        if value not in self.codes:
-            return self.real[value]
-        codes, params = self.codes[value]
-        return self._node("DequantizeLinear", [codes, *params], f"{self.names[value]}_out", value)
+        """The graph output of a value: it, or its codes dequantized."""
+        return self._dequantize(value, "out") if value in self.codes else self.real[value]
 
     def _operand(self, node: ir.Node, position: int, value: ir.Value | None) -> ir.Value | None:
         """What the copied node reads in place of ``value``."""
         if value is None:
             return None
-        if value in self.codes:
-            codes, params = self.codes[value]
-            return self._node("DequantizeLinear", [codes, *params], f"{self.names[value]}_real{len(self.nodes)}", value)
         if value not in self.real:
             self.real[value] = self._source(node, position, value)
-        return self.real[value]
+        return self._dequantize(value, f"read{len(self.nodes)}") if value in self.codes else self.real[value]
 
     def _source(self, node: ir.Node, position: int, value: ir.Value) -> ir.Value:
-        """A value that enters the pattern: a constant or a graph input, with its Q/DQ when asked."""
-        tensor = constant(value)
-        quantized = value in self.asked.quantized
-        op = facts(node)
+        """A value that enters the pattern: a graph input, quantized when asked, or a constant."""
+        tensor, op = constant(value), facts(node)
         if tensor is None:
-            entered = self._fresh(value, self.names[value])
-            self.inputs.append(entered)
-            self._range(value)
-            return self._qdq(value, entered) if quantized else entered
-        if not quantized:
+            return self._entry(value)
+        if value not in self.asked.quantized:
             return self._initializer(self.names[value], self._float_or_exact(value, tensor))
         if position == op.weight:
             return self._weight(node, value)
         if position == op.bias or self._is_late_bias(node, position):
             return self._bias(node, value)
         return self._constant_activation(value)
+
+    def _entry(self, value: ir.Value) -> ir.Value:
+        entered = self.real[value] = self._fresh(value, self.names[value])
+        self.inputs.append(entered)
+        self._range(value)
+        if value in self.asked.quantized:
+            self._quantize(value)
+        return entered
 
     def _is_late_bias(self, node: ir.Node, position: int) -> bool:
         """Whether this constant is added to a product that has no Q/DQ of its own: the runtime makes it the bias."""
@@ -199,20 +196,26 @@ class _Builder:
         ]
         return self._node("DequantizeLinear", inputs, f"{name}_real", value, attributes)
 
-    def _qdq(self, value: ir.Value, entered: ir.Value) -> ir.Value:
-        """``entered -> QuantizeLinear -> DequantizeLinear``; remembers the codes for further readers."""
+    def _quantize(self, value: ir.Value) -> None:
+        """QuantizeLinear of an activation; each reader dequantizes the codes for itself."""
         name, dtype = self.names[value], CODE_TYPES[self.asked.activations.format]
         scale, zero = self._affine(value)
         params = [
             self._initializer(f"{name}_scale", ir.tensor(np.asarray(scale, _numpy_type(value)))),
             self._initializer(f"{name}_zero", ir.tensor(np.asarray(zero).astype(dtype.numpy()), dtype=dtype)),
         ]
-        codes = self._node("QuantizeLinear", [entered, *params], f"{name}_codes", value, dtype=dtype)
+        codes = self._node("QuantizeLinear", [self.real[value], *params], f"{name}_codes", value, dtype=dtype)
         self.codes[value] = codes, params
-        return self._node("DequantizeLinear", [codes, *params], f"{name}_real", value)
+
+    def _dequantize(self, value: ir.Value, suffix: str) -> ir.Value:
+        codes, params = self.codes[value]
+        return self._node("DequantizeLinear", [codes, *params], f"{self.names[value]}_{suffix}", value)
 
     def _range(self, value: ir.Value) -> None:
-        self.ranges[value] = _output_range(value, len(self.ranges), self.ranges)
+        index = len(self.ranges)
+        spread = (-3.0 - index / 8, 5.0 + index / 8)  # one no other value of the pattern has
+        node = value.producer() if value in self.made else None
+        self.ranges[value] = spread if node is None else _output_range(node, self.ranges) or spread
 
     def _affine(self, value: ir.Value) -> tuple[np.float32, int]:
         """Scale and zero point that spread the value's range over the codes."""
@@ -276,29 +279,24 @@ def _shrinks(asked: Question) -> bool:
     return large and all(node.op_type in _SHRINKABLE for node in asked.nodes)
 
 
-def _output_range(value: ir.Value, index: int, ranges: Mapping[ir.Value, tuple[float, float]]) -> tuple[float, float]:
-    """A plausible range: the op's own, its input's for a data mover, else one no other value of the pattern has."""
-    spread = (-3.0 - index / 8, 5.0 + index / 8)
-    node = value.producer()
-    if node is None or constant(value) is not None:
-        return spread
+def _output_range(node: ir.Node, ranges: Mapping[ir.Value, tuple[float, float]]) -> tuple[float, float] | None:
+    """The range an op itself gives its output: its input's for a data mover; None when data decides."""
     op = facts(node)
     first = node.inputs[0] if node.inputs else None
-    if op.keeps_scale and first is not None and first in ranges:
-        return ranges[first]
-    if op.fixed is not None:
-        return op.fixed
+    if op.keeps_scale and first is not None:
+        return ranges.get(first)
     if node.op_type == "Relu":
         return (0.0, 6.0)
-    return _clip_range(node) if node.op_type == "Clip" else spread
+    return _clip_range(node) if node.op_type == "Clip" else op.fixed
 
 
 def _clip_range(node: ir.Node) -> tuple[float, float]:
-    """Bounds of a Clip where they are constant and hold 0, else those of Relu6."""
+    """Bounds of a Clip, widened to hold 0 as every mapping does; those of Relu6 where they aren't constant."""
     bounds = []
-    for position, other in ((1, 0.0), (2, 6.0)):
+    for position, otherwise in ((1, 0.0), (2, 6.0)):
         value = node.inputs[position] if position < len(node.inputs) else None
         tensor = constant(value) if value is not None else None
-        bounds.append(float(tensor.numpy().item()) if tensor is not None and tensor.size == 1 else other)
-    low, high = bounds
-    return (low, high) if low <= 0.0 < high and np.isfinite([low, high]).all() else (0.0, 6.0)
+        bound = float(tensor.numpy().item()) if tensor is not None and tensor.size == 1 else otherwise
+        bounds.append(bound if abs(bound) < 1e4 else otherwise)
+    low, high = min(bounds[0], 0.0), max(bounds[1], 0.0)
+    return (low, high) if low < high else (0.0, 6.0)

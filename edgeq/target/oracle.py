@@ -103,6 +103,8 @@ class Oracle:
     def _answer(self, asked: Question) -> tuple[Verdict, ...]:
         if any(holds_graph(node) for node in asked.nodes):
             return tuple(Verdict("float", node.op_type, "control flow has no integer kernel") for node in asked.nodes)
+        if not asked.quantized:
+            return tuple(Verdict("float", node.op_type, "nothing to quantize on its edges") for node in asked.nodes)
         key = self._prefix + signature(asked)
         if key not in self._known:
             self.sessions += 1

@@ -129,10 +129,19 @@ def signature(asked: Question) -> str:
         lines.append(f"{node.domain}.{node.op_type} {read} > {made} {_attributes(node)}")
     leaves = set(asked.leaves())
     for value, name in names.items():
-        marks = (constant(value) is not None, value in asked.quantized, value in leaves)
+        marks = (_constancy(asked, value), value in asked.quantized, value in leaves)
         lines.append(f"{name} {value.dtype} {_shape_class(asked, value)} {marks}")
     digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:24]
     return ",".join(node.op_type for node in asked.nodes) + ":" + digest
+
+
+def _constancy(asked: Question, value: ir.Value) -> str:
+    """Whether a value is constant; a float that stays one (the bounds of a Clip) in full, as fusions look at it."""
+    tensor = constant(value)
+    if tensor is None:
+        return "computed"
+    scalar = tensor.size == 1 and tensor.dtype in FLOATS and value not in asked.quantized
+    return str(tensor.numpy().item()) if scalar else "constant"
 
 
 def _attributes(node: ir.Node) -> str:

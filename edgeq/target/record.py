@@ -22,7 +22,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class Target:
-    """A device family. ``isa`` lists the CPU flags it needs; ``session`` holds ONNX Runtime session config entries."""
+    """A device family.
+
+    ``isa`` lists the CPU flags it needs, ``a|b`` for either; ``session`` holds ONNX Runtime session config entries.
+    """
 
     name: str
     summary: str
