@@ -1,0 +1,64 @@
+"""edgeq takes a model to the edge: quantize, lower to the target's kernels, prove accuracy and latency, package (L11).
+
+    import edgeq
+    report = edgeq.export("model.onnx", calibration="photos/", out="model.edgeq", max_drop=0.5)
+    assert report.passed
+
+Names are fetched on first use, so ``import edgeq`` (and ``edgeq --help``) loads neither numpy nor a runtime.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from edgeq.version import __version__
+
+if TYPE_CHECKING:
+    from edgeq.errors import EdgeqError
+    from edgeq.packaging import verify_package
+    from edgeq.pipeline import bench, export, inspect, validate
+    from edgeq.report.codec import from_json, to_json
+    from edgeq.report.record import Check, Notice, Report
+    from edgeq.target.load import load_target
+
+__all__ = [
+    "Check",
+    "EdgeqError",
+    "Notice",
+    "Report",
+    "__version__",
+    "bench",
+    "export",
+    "from_json",
+    "inspect",
+    "load_target",
+    "to_json",
+    "validate",
+    "verify_package",
+]
+
+HOMES = {
+    "Check": "edgeq.report.record",
+    "EdgeqError": "edgeq.errors",
+    "Notice": "edgeq.report.record",
+    "Report": "edgeq.report.record",
+    "bench": "edgeq.pipeline",
+    "export": "edgeq.pipeline",
+    "from_json": "edgeq.report.codec",
+    "inspect": "edgeq.pipeline",
+    "load_target": "edgeq.target.load",
+    "to_json": "edgeq.report.codec",
+    "validate": "edgeq.pipeline",
+    "verify_package": "edgeq.packaging",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in HOMES:
+        raise AttributeError(f"module 'edgeq' has no attribute {name!r}")
+    return getattr(import_module(HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -26,7 +26,10 @@ from edgeq.run.session import RUNTIME_ERRORS, first_line
 
 
 def write_directory(package: Package, out: Path, *, force: bool = False) -> Path:
-    """Write ``package`` as directory ``out`` and return its absolute path. OutputError when it can't be, or mustn't."""
+    """A directory: model, manifest, golden runs, reports and a loader of its own.
+
+    Returns its absolute path. OutputError when ``out`` can't be written or holds something else.
+    """
     out = out.resolve()
     check_free(out, force=force)
     with _staged(out) as folder:

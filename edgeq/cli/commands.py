@@ -1,0 +1,224 @@
+"""The commands: what each takes, and which function of the package does it (L11).
+
+Bodies import what they call, so that ``edgeq --help`` loads click and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edgeq.cli import options
+from edgeq.cli.options import PATH, Command
+from edgeq.version import __version__
+
+if TYPE_CHECKING:
+    from edgeq.report.progress import Progress
+    from edgeq.report.record import Report
+
+EPILOG = (
+    "Exit status: 0 all checks passed, 1 a check failed, 2 bad usage, model, data, recipe or target, "
+    "3 device or runtime unavailable, 70 a bug in edgeq, 130 interrupted."
+)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command says that measures nothing: the same facts as JSON and as lines."""
+
+    tree: dict[str, Any]
+    text: str
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Progress]:
+    if quiet:
+        from edgeq.report.progress import Silent
+
+        yield Silent()
+    else:
+        from edgeq.cli.bars import Bars
+
+        with Bars() as bars:
+            yield bars
+
+
+@click.group(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="edgeq")
+def cli() -> None:
+    """Take a model to the edge: quantize, lower to the target's kernels, prove accuracy and latency, package."""
+
+
+@cli.command(cls=Command, epilog=EPILOG)
+@click.argument("model")
+@options.target
+@click.option(
+    "-r", "--recipe", default="balanced", show_default=True, help="Preset or steps; see `edgeq list recipes`."
+)
+@click.option("-c", "--calibration", metavar="DATA", help="Samples: .npz, folder, text, or pkg.module:callable.")
+@options.evaluation
+@click.option("-o", "--out", type=PATH, help="Where the package goes.  [default: MODEL's name + .edgeq]")
+@options.limits
+@options.threads
+@options.synthetic
+@options.preprocessing
+@options.inputs
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Use at most N calibration samples.")
+@click.option("--dump", type=PATH, metavar="DIR", help="Keep the model after each step here.")
+@options.form
+@options.force
+@options.seed
+@options.quiet
+@options.as_json
+def export(model: str, out: Path | None, inputs: tuple[str, ...], quiet: bool, **settings: Any) -> Report:
+    """Make MODEL small and fast, prove it, package it.
+
+    MODEL is an .onnx file, a .pt2 exported program, or a torch module as pkg.module:callable.
+
+    \b
+    edgeq export net.onnx -c photos/ -o net.edgeq
+    edgeq export net.onnx -c calib.npz -e eval.npz --metric top1 --max-drop 0.5
+    edgeq export my.nets:make_net -t cpu-arm64 --input x=1,3,224,224 -c my.data:samples
+    """
+    from edgeq.pipeline import export as run
+
+    place = out or Path(f"{Path(model.rpartition(':')[2]).stem}.edgeq")
+    with _progress(quiet) as progress:
+        return run(model, out=place, inputs=list(inputs), progress=progress, **settings)
+
+
+@cli.command(cls=Command, epilog=EPILOG)
+@click.argument("model")
+@options.target
+@options.inputs
+@options.as_json
+def inspect(model: str, target: str, inputs: tuple[str, ...]) -> Report:
+    """Tell what MODEL is made of.
+
+    Nodes, weights, shapes, and what the target could run on integers. Changes nothing.
+
+    \b
+    edgeq inspect net.onnx -t cpu-x64-vnni
+    """
+    from edgeq.pipeline import inspect as run
+
+    return run(model, target=target, inputs=list(inputs))
+
+
+@cli.command(cls=Command, epilog=EPILOG)
+@click.argument("package", type=PATH)
+@options.evaluation
+@click.option("--reference", metavar="MODEL", help="Float model to compare with.  [default: the one it was made from]")
+@options.limits
+@options.threads
+@options.synthetic
+@options.preprocessing
+@options.seed
+@options.quiet
+@options.as_json
+def validate(package: Path, quiet: bool, **settings: Any) -> Report:
+    """Measure PACKAGE again on this machine.
+
+    Digests, golden runs, accuracy, latency.
+
+    \b
+    edgeq validate net.edgeq -e eval.npz --max-drop 0.5 --max-latency 8
+    """
+    from edgeq.pipeline import validate as run
+
+    with _progress(quiet) as progress:
+        return run(package, progress=progress, **settings)
+
+
+@cli.command(cls=Command, epilog=EPILOG)
+@click.argument("models", nargs=-1, required=True)
+@options.target
+@options.threads
+@click.option("--repeats", type=click.IntRange(min=3), help="Laps of each model.  [default: until the spread is known]")
+@options.inputs
+@options.seed
+@options.quiet
+@options.as_json
+def bench(models: tuple[str, ...], inputs: tuple[str, ...], quiet: bool, **settings: Any) -> Report:
+    """Time MODELS against each other, interleaved.
+
+    MODELS are files or packages; ratios are to the first.
+
+    \b
+    edgeq bench net.onnx net.edgeq --threads 1,2
+    """
+    from edgeq.pipeline import bench as run
+
+    with _progress(quiet) as progress:
+        return run(list(models), inputs=list(inputs), progress=progress, **settings)
+
+
+@cli.command(cls=Command, epilog=EPILOG)
+@click.argument("package", type=PATH)
+@click.option("-o", "--out", type=PATH, help="Write it again here, in another form; without it, only verify.")
+@options.form
+@options.force
+@options.as_json
+def package(package: Path, out: Path | None, form: str, force: bool) -> Report:
+    """Verify PACKAGE; with -o, write it again.
+
+    Every digest is checked, then this machine, then the golden runs.
+
+    \b
+    edgeq package net.edgeq
+    edgeq package net.edgeq -o app/assets/net --force
+    """
+    from edgeq.errors import UsageError, did_you_mean
+    from edgeq.packaging import PACKAGES, read_directory, verify_package
+    from edgeq.report.record import Notice
+
+    if form not in PACKAGES:
+        raise UsageError(f"unknown package form {form!r}", hint=did_you_mean(form, list(PACKAGES)))
+    verify_package(package)
+    found = read_directory(package)
+    words = [Notice("info", "verified", f"verified {package}: every digest, this machine, the golden runs")]
+    if out is not None:
+        words.append(Notice("info", "written", f"written {PACKAGES[form](found, out, force=force)}"))
+    return replace(found.report, notices=(*found.report.notices, *words))
+
+
+@cli.command("list", cls=Command, epilog=EPILOG)
+@click.argument("kind", required=False)
+@options.as_json
+def list_(kind: str | None) -> Answer:
+    """List targets, recipes, steps, metrics, …
+
+    Everything that has a name, or one KIND of it.
+
+    \b
+    edgeq list targets
+    """
+    from edgeq.cli import names
+
+    found = names.everything(kind)
+    lines = [line for title, rows in found.items() for line in (title, *names.aligned(rows), "")]
+    return Answer(found, "\n".join(lines).rstrip())
+
+
+@cli.command(cls=Command, epilog=EPILOG)
+@click.argument("word")
+@click.option("--report", type=PATH, metavar="FILE", help="A report.json or a package, to explain its nodes and codes.")
+@options.as_json
+def explain(word: str, report: Path | None) -> Answer:
+    """Explain a name, error code or node.
+
+    WORD is a target, recipe or another listed name, an error's code, or with --report a node or code of it.
+
+    \b
+    edgeq explain cpu-x64-vnni
+    edgeq explain /features/0/Conv --report net.edgeq
+    """
+    from edgeq.cli import names
+
+    found = names.explained(word, report)
+    return Answer({word: found}, "\n".join(names.aligned(found)))

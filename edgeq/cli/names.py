@@ -1,0 +1,152 @@
+"""Everything a person can name on the command line, and what it means (L11).
+
+One table of tables: `list` prints them, `explain` looks a word up in all of them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from edgeq import errors
+from edgeq.errors import EdgeqError, UsageError, did_you_mean
+from edgeq.report.record import Report
+
+Table = Mapping[str, Any]
+
+
+def _table(module: str, name: str) -> Table:
+    table: Table = getattr(import_module(module), name)
+    return table
+
+
+def _targets() -> Table:
+    from edgeq.target.load import list_targets
+
+    return {target.name: target for target in list_targets()}
+
+
+def _errors() -> Table:
+    classes = (value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, EdgeqError))
+    return {error.code: error for error in classes if error is not EdgeqError}
+
+
+KINDS: dict[str, Callable[[], Table]] = {  # what is cheap to import first: `explain` stops at the first that knows
+    "targets": _targets,
+    "recipes": partial(_table, "edgeq.recipe", "PRESETS"),
+    "errors": _errors,
+    "ops": partial(_table, "edgeq.ir.ops", "OPS"),
+    "packages": partial(_table, "edgeq.packaging", "PACKAGES"),
+    "metrics": partial(_table, "edgeq.validator", "METRICS"),
+    "steps": partial(_table, "edgeq.steps", "STEPS"),
+}
+
+
+def everything(kind: str | None) -> dict[str, dict[str, str]]:
+    """Kind -> name -> its summary in a line; all kinds for None. UsageError for a kind that isn't one."""
+    if kind is not None and kind not in KINDS:
+        raise UsageError(f"nothing called {kind!r} to list", hint=did_you_mean(kind, list(KINDS)))
+    chosen = KINDS if kind is None else {kind: KINDS[kind]}
+    return {name: {word: _summary(value) for word, value in table().items()} for name, table in chosen.items()}
+
+
+def _summary(value: Any) -> str:
+    """A string itself, a record's ``summary`` or its set fields, the first line of a docstring."""
+    if isinstance(value, str):
+        return value
+    if is_dataclass(value) and not isinstance(value, type):
+        return str(getattr(value, "summary", "")) or ", ".join(f"{key} {text}" for key, text in _facts(value).items())
+    return (inspect.getdoc(value) or "").split("\n")[0]
+
+
+def _facts(record: Any) -> dict[str, str]:
+    """Fields of a record that hold something, as text; tables as ``key: value, …``."""
+    found = {field.name: getattr(record, field.name) for field in fields(record)}
+    empty = ((), {}, "", None)
+    return {name: _text(value) for name, value in found.items() if value not in empty and value is not False}
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {_text(item)}" for key, item in value.items())
+    if isinstance(value, tuple | list):
+        return ", ".join(map(_text, value))
+    if is_dataclass(value) and type(value).__str__ is object.__str__:  # a record without a text form of its own
+        return ", ".join(f"{key} {text}" for key, text in _facts(value).items())
+    return str(value)
+
+
+def explained(word: str, report: Path | None) -> dict[str, str]:
+    """What ``word`` means, fact by fact: as the report has it when one is given, else the first kind that knows it."""
+    if report:
+        found = dict(_in_report(word, _read_report(report)))
+        if not found:
+            raise UsageError(f"nothing called {word!r} in {str(report)!r}", hint="copy a node's or code's name from it")
+        return found
+    if word == "local" or word.endswith(".toml"):
+        from edgeq.target.load import load_target
+
+        return _details(load_target(word))
+    for kind, table in KINDS.items():
+        if word in (known := table()):
+            return {"kind": kind.removesuffix("s")} | _details(known[word])
+    names = ["local", *(name for table in KINDS.values() for name in table())]
+    raise UsageError(f"nothing called {word!r}", hint=_near(word, names))
+
+
+def _near(word: str, names: list[str]) -> str:
+    """The nearest name; all of them would be too many."""
+    near = did_you_mean(word, names)
+    return near if near.startswith("did") else "see `edgeq list`, or give --report to explain a node"
+
+
+def _details(value: Any) -> dict[str, str]:
+    if is_dataclass(value) and not isinstance(value, type):
+        sources = getattr(value, "sources", {})
+        facts = {key: text for key, text in _facts(value).items() if key != "sources"}
+        return facts | {f"source of {key}": text for key, text in sources.items()}
+    if isinstance(value, type) and issubclass(value, EdgeqError):
+        return {"meaning": inspect.getdoc(value) or "", "exit status": str(value.exit_status)}
+    return {"meaning": value if isinstance(value, str) else inspect.getdoc(value) or ""}
+
+
+def _read_report(path: Path) -> Report:
+    from edgeq.report.codec import from_json
+
+    file = path / "report.json" if path.is_dir() else path
+    try:
+        return from_json(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"can't read report {str(file)!r}: {error}", hint="give a report.json or a package") from error
+
+
+def _in_report(word: str, report: Report) -> Iterator[tuple[str, str]]:
+    """All that a report says of a node, tensor, check, step or notice code."""
+    if report.coverage:
+        for island in report.coverage.float_islands:
+            if island.node == word:
+                yield "runs in float", f"{island.op}, {island.macs:,} multiply-accumulates: {island.reason}"
+        if word in report.coverage.unexplained:
+            yield "left over", "a Q/DQ node that no boundary with a float island explains"
+    for row in report.layers:
+        if row.get("name") == word:
+            yield "quantized tensor", _text(row)
+    for check in report.checks:
+        if check.name == word:
+            yield "check", _text(check)
+    for step in report.steps:
+        if step.name == word:
+            yield "step", _text(step)
+    for number, notice in enumerate((n for n in report.notices if word in (n.code, n.node)), 1):
+        yield f"{notice.level} {number}", f"{notice.message} [{notice.node}]" if notice.node else notice.message
+
+
+def aligned(rows: Mapping[str, str]) -> list[str]:
+    """Two columns, the first as wide as its longest word; further lines of a fact are indented below it."""
+    width = max(map(len, rows), default=0)
+    return [f"  {key:<{width}}  " + text.replace("\n", "\n" + " " * (width + 4)) for key, text in rows.items()]

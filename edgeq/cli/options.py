@@ -1,0 +1,64 @@
+"""Options that several commands share, a row each (L11)."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import click
+
+Decorated = Callable[..., Any]
+
+
+class Command(click.Command):
+    """A command whose body can't write to stdout: what libraries print there (torch's exporter does) goes to stderr."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with redirect_stdout(sys.stderr):
+            return super().invoke(ctx)
+
+
+def _threads(_context: click.Context, _parameter: click.Parameter, text: str | None) -> tuple[int, ...] | None:
+    """``1,2`` -> (1, 2)."""
+    if text is None:
+        return None
+    words = text.split(",")
+    if not all(word.strip().isdigit() and int(word) > 0 for word in words):
+        raise click.BadParameter(f"{text!r} is no list of thread counts; write 1,2")
+    return tuple(int(word) for word in words)
+
+
+def _together(*options: Decorated) -> Callable[[Decorated], Decorated]:
+    def decorate(function: Decorated) -> Decorated:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+PATH = click.Path(path_type=Path)
+
+target = click.option("-t", "--target", default="local", show_default=True, help="Target name or TOML file.")
+inputs = click.option(
+    "--input", "inputs", multiple=True, metavar="NAME=1,3,224,224", help="Pin an input's shape; repeat for several."
+)
+threads = click.option("--threads", callback=_threads, metavar="1,2", help="Thread counts latency is measured at.")
+seed = click.option("--seed", type=int, default=0, show_default=True, help="Seed of everything random.")
+preprocessing = click.option("--preprocessing", metavar="FILE", help="JSON on how images become inputs.")
+synthetic = click.option("--synthetic", is_flag=True, help="Allow random data; marked in every view.")
+force = click.option("--force", is_flag=True, help="Replace an edgeq package that is in the way.")
+form = click.option("--form", default="dir", show_default=True, help="Package form; see `edgeq list packages`.")
+as_json = click.option("--json", "_json", is_flag=True, expose_value=False, help="Print one JSON object on stdout.")
+quiet = click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")
+evaluation = click.option("-e", "--evaluation", metavar="DATA", help="Held-out samples, with labels where known.")
+limits = _together(
+    click.option("--metric", help="Accuracy metric, or pkg.module:function; see `edgeq list metrics`."),
+    click.option("--max-drop", type=float, help="Most the metric may lose, in its unit."),
+    click.option("--max-latency", "max_latency_ms", type=float, metavar="MS", help="Most a run may take (median)."),
+    click.option("--min-speedup", type=float, help="Least speedup over the best float configuration."),
+    click.option("--max-size-ratio", type=float, help="Largest size, as a share of the source's."),
+)
