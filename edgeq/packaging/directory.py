@@ -20,7 +20,17 @@ import numpy as np
 
 from edgeq.errors import OutputError, PackageError, RuntimeUnavailableError
 from edgeq.packaging import loader
-from edgeq.packaging.manifest import MANIFEST, MODEL, SUM, Golden, Package, manifest, model_files, refuse_other_schema
+from edgeq.packaging.manifest import (
+    MANIFEST,
+    MODEL,
+    OWN,
+    SUM,
+    Golden,
+    Package,
+    manifest,
+    model_files,
+    refuse_other_schema,
+)
 from edgeq.report import codec, html
 from edgeq.run.session import RUNTIME_ERRORS, first_line
 
@@ -106,14 +116,16 @@ def _swap(folder: Path, out: Path) -> None:
 
 def _copy_model(model: Path, folder: Path) -> None:
     """Model as ``model.onnx`` and its external data under the names it knows them by."""
-    for relative in model_files(model):
-        copy = folder / (MODEL if relative == Path(model.name) else relative)
-        if copy.exists() or copy.name in (MANIFEST, SUM):
+    model_file, *external = model_files(model)
+    shutil.copyfile(model.parent / model_file, folder / MODEL)
+    for relative in external:
+        if relative.as_posix() in OWN:
             raise PackageError(
-                f"external data {str(relative)!r} of {str(model)!r} has the name of a package's own file"
+                f"external data {relative.as_posix()!r} of {str(model)!r} has the name of a package's own file",
+                hint="save the model with another name for its external data",
             )
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(model.parent / relative, copy)
+        (folder / relative).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(model.parent / relative, folder / relative)
 
 
 def _write_json(path: Path, tree: dict[str, Any]) -> None:

@@ -27,6 +27,7 @@ MODEL = "model.onnx"
 MANIFEST = "manifest.json"
 SUM = "manifest.sha256"
 NEEDED = (MODEL, "golden.npz")  # with external data: what running needs; an app may leave the other files out
+OWN = (*NEEDED, MANIFEST, SUM, "preprocessing.json", "load.py", "report.json", "report.html")
 OLDEST_RUNTIME = "1.24"  # the oldest ONNX Runtime edgeq itself installs with; older ones were never tried
 
 
