@@ -1,6 +1,7 @@
 """Torch modules for weights that packages ship without a graph (plain torch, so neither torchvision nor transformers).
 
-Each builder returns an eval-mode module whose ``forward`` arguments carry the names of the model's inputs.
+Each builder returns an eval-mode module whose ``forward`` arguments carry the names of the model's inputs, with
+``example_inputs`` and ``dynamic_shapes`` for the exporter. Example batches hold 2: an axis of 1 would be frozen.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ class ImageNet(nn.Module):
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
+        self.example_inputs = {"image": torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))}
+        self.dynamic_shapes = {"image": {0: torch.export.Dim("batch")}}
 
     def forward(self, image: Tensor) -> Tensor:
         logits: Tensor = self.network(image)
@@ -137,6 +140,10 @@ class BertEncoder(nn.Module):
         heads, hidden = config["num_attention_heads"], config["intermediate_size"]
         layers = [BertLayer(width, heads, hidden) for _ in range(config["num_hidden_layers"])]
         self.encoder = nn.ModuleDict({"layer": nn.ModuleList(layers)})
+        tokens, ones = torch.arange(1, 33).view(2, 16), torch.ones(2, 16, dtype=torch.int64)
+        self.example_inputs = {"input_ids": tokens, "attention_mask": ones, "token_type_ids": torch.zeros_like(ones)}
+        axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence", max=config["max_position_embeddings"])}
+        self.dynamic_shapes = dict.fromkeys(self.example_inputs, axes)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Tensor:
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)

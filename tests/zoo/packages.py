@@ -81,24 +81,18 @@ def float_model(name: str) -> Path:
         return Path(where)
     path = cache() / f"{name}.onnx"
     if not path.is_file():
-        _export(where, ZOO[name], path)
+        _export(where, path)
     return path
 
 
-def _export(spec: str, entry: Entry, path: Path) -> None:
-    """The torch module of ``spec`` -> ``path`` at opset 20, with a dynamic batch and, for tokens, length."""
+def _export(spec: str, path: Path) -> None:
+    """The torch module of ``spec`` -> ``path`` at opset 20, by torch's exporter alone."""
     import torch
 
-    feed = next(iter(data(entry.evaluation)))
-    feed.pop("label")
-    axes = ("batch", "sequence") if len(next(iter(feed.values())).shape) == 2 else ("batch",)
-    dynamic = {name: {axis: torch.export.Dim(word) for axis, word in enumerate(axes)} for name in feed}
-    # An example batch of 1 would be frozen into the graph: sizes 0 and 1 are specialised by torch.export.
-    example = {name: torch.from_numpy(array).repeat(2, *[1] * (array.ndim - 1)) for name, array in feed.items()}
-    partial = path.with_suffix(".partial.onnx")
+    module, partial = load(spec)(), path.with_suffix(".partial.onnx")
     torch.onnx.export(
-        load(spec)(), (), str(partial), kwargs=example, input_names=list(feed), dynamic_shapes=dynamic,
-        opset_version=20, dynamo=True, external_data=False,
+        module, (), str(partial), kwargs=module.example_inputs, input_names=list(module.example_inputs),
+        dynamic_shapes=module.dynamic_shapes, opset_version=20, dynamo=True, external_data=False, verbose=False,
     )  # fmt: skip
     partial.replace(path)
 
