@@ -175,7 +175,7 @@ def _in_worker(task: str, configs: Sequence[TimedConfig], feeds: Sequence[Feed],
             names = ", ".join(config.name for config in configs)
             raise RuntimeUnavailableError(
                 f"the process measuring {names} ended with {how}: {tail}",
-                hint="signal 9 is mostly too little memory: close other programs or give a smaller input",
+                hint="signal 9 is mostly too little memory: close other programs" if done.returncode == -9 else "",
             )
         result: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     if "error" in result:
