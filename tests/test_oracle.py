@@ -21,10 +21,11 @@ from edgeq.errors import RuntimeUnavailableError
 from edgeq.num.quant import parse_quant
 from edgeq.target.load import load_target
 from edgeq.target.micro import micro_model
-from edgeq.target.oracle import Oracle, Verdict, cache_folder, optimize
+from edgeq.target.oracle import Oracle, Verdict, cache_folder
 from edgeq.target.patterns import PATTERNS, Row, build, carried, table
 from edgeq.target.question import question, signature
 from edgeq.target.record import Target
+from edgeq.target.runtime import agrees, disagreement, optimize
 
 TARGET = load_target("cpu-x64-vnni")
 CONV_SHAPE = (1, 8, 6, 6)
@@ -304,6 +305,34 @@ def test_large_weights_are_asked_small(tmp_path: Path) -> None:
     model = micro_model(question([node], set(node.inputs) | set(node.outputs), TARGET))
     assert max(value.const_value.size for value in model.graph.initializers.values()) == 256 * 256
     assert Oracle(TARGET, tmp_path).ask(node).kernel == "QLinearMatMul"
+
+
+def test_kernel_that_fuses_and_fails_is_float(tmp_path: Path) -> None:
+    node = made("MatMul", [real("x", 2, 4, 16), fixed("w", 2, 16, 8)], "y", (2, 4, 8))
+    edges = set(node.inputs)
+    graph = optimize(micro_model(question([node], edges, TARGET)), TARGET)
+    assert isinstance(graph, ir.Model)
+    assert "MatMulIntegerToFloat" in [made.op_type for made in graph.graph], "the runtime does fuse it"
+    verdict = Oracle(TARGET, tmp_path).ask(node, output="float")
+    assert (verdict.kind, verdict.kernel) == ("float", "MatMulIntegerToFloat")
+    assert verdict.reason.startswith("MatMulIntegerToFloat fails when it runs: ")
+
+
+@given(st.integers(1, 60), st.floats(1e-3, 1e3), st.integers(0, 2**31))
+def test_agreement_allows_rounding_and_nothing_more(size: int, step: float, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    expected = random.integers(-128, 128, size) * step
+    assert agrees(expected, expected + random.integers(-1, 2, size) * step, step)
+    wrong = expected.copy()
+    wrong[random.integers(size)] += 3 * step + 0.2 * np.abs(expected).max()
+    assert not agrees(expected, wrong, step)
+    assert not agrees(expected, expected[:-1], step)
+
+
+def test_trial_of_a_sound_kernel_and_of_a_large_model_say_nothing() -> None:
+    for node in (conv(), conv(size=1 << 10)):
+        model = micro_model(question([node], {*node.inputs, *node.outputs}, TARGET))
+        assert disagreement(model, TARGET) == ""
 
 
 def test_what_the_runtime_refuses_is_float_with_its_words(tmp_path: Path) -> None:

@@ -1,9 +1,9 @@
 """The fusion oracle: asks the installed runtime what becomes an integer kernel (L3).
 
 A table of what fuses would be wrong on the next release and on the next ISA. So each question is put to the runtime
-itself: a micro-model (``micro``) goes in, the graph the runtime would execute comes out, and the verdict is read from
-it. Answers are kept per runtime version, ISA and provider, so a model costs a handful of sessions of a few
-milliseconds once, and nothing after.
+itself: a micro-model (``micro``) goes in, the graph the runtime would execute comes out, the verdict is read from it,
+and a run proves that the kernel computes what the float node does. Answers are kept per runtime version, ISA and
+provider, so a model costs a handful of sessions of a few milliseconds once, and nothing after.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import astuple, dataclass
 from itertools import pairwise
@@ -20,12 +19,12 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from edgeq.errors import RuntimeUnavailableError
 from edgeq.num.quant import Quant
 from edgeq.target.detect import isa_fingerprint
 from edgeq.target.micro import CODE_TYPES, micro_model
 from edgeq.target.question import Question, holds_graph, is_real, quantizable_inputs, question, signature
 from edgeq.target.record import Target
+from edgeq.target.runtime import disagreement, optimize, runtime_version
 
 PROBE = 1  # raised when micro-models or the reading of verdicts change: older answers are asked again
 
@@ -117,54 +116,18 @@ def _input(node: ir.Node, index: int) -> ir.Value | None:
     return node.inputs[index] if index < len(node.inputs) else None
 
 
-# --- asking the runtime ----------------------------------------------------------------------------------------------
-
-
-def runtime_version() -> str:
-    """Version of the installed ONNX Runtime."""
-    import onnxruntime
-
-    return str(onnxruntime.__version__)
-
-
-def optimize(model: ir.Model, target: Target) -> ir.Model | str:
-    """The graph the runtime would execute for ``model``, or the first line of why it refuses to.
-
-    Level "extended" holds every fusion of Q/DQ; "all" would only change layouts. RuntimeUnavailableError when the
-    target's provider isn't in this build. CPU sessions are created in this process.
-    """
-    import onnxruntime
-
-    if target.provider not in onnxruntime.get_available_providers():
-        raise RuntimeUnavailableError(
-            f"ONNX Runtime {onnxruntime.__version__} has no {target.provider}, which target {target.name!r} needs",
-            hint="install the runtime build with this provider, or choose another target",
-        )
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 4
-    for key, value in target.session.items():
-        options.add_session_config_entry(key, value)
-    with tempfile.TemporaryDirectory(prefix="edgeq-") as folder:
-        asked, optimized = Path(folder, "asked.onnx"), Path(folder, "optimized.onnx")
-        ir.save(model, asked)
-        options.optimized_model_filepath = str(optimized)
-        try:
-            onnxruntime.InferenceSession(asked, options, providers=[target.provider])
-        except Exception as error:  # noqa: BLE001 - the runtime has no exception type of its own: any is its refusal
-            words = str(error).replace(str(asked), "the micro-model").strip()
-            return (words.splitlines() or [type(error).__name__])[0]
-        return ir.load(optimized)
-
-
 def probe(asked: Question, target: Target) -> tuple[Verdict, ...]:
-    """A verdict a node, read from what the runtime makes of the question's micro-model."""
-    model = optimize(micro_model(asked), target)
-    if isinstance(model, str):
-        return tuple(Verdict("float", node.op_type, f"the runtime refuses it: {model}") for node in asked.nodes)
-    reading = _Reading(asked, model)
-    return tuple(reading.verdict(node) for node in asked.nodes)
+    """A verdict a node, read from what the runtime makes of the question's micro-model and then proved by a run."""
+    micro = micro_model(asked)
+    fused = optimize(micro, target)
+    if isinstance(fused, str):
+        return tuple(Verdict("float", node.op_type, f"the runtime refuses it: {fused}") for node in asked.nodes)
+    reading = _Reading(asked, fused)
+    verdicts = tuple(reading.verdict(node) for node in asked.nodes)
+    sound = all(verdict.kind == "float" for verdict in verdicts) or not (wrong := disagreement(micro, target))
+    if sound:
+        return verdicts
+    return tuple(Verdict("float", verdict.kernel, f"{verdict.kernel} {wrong}") for verdict in verdicts)
 
 
 # --- reading the answer ----------------------------------------------------------------------------------------------
