@@ -109,7 +109,8 @@ def quantize(x: NDArray[np.floating], params: QParams) -> NDArray[np.int32]:
     # Whole numbers up to 2**24 are exact in float32; a 32-bit code needs float64 to be clipped at 2**31 - 1.
     zero = _spread(params.zero_point, params, x.shape)
     codes = codes + zero.astype(np.float64 if hi >= 1 << 24 else np.float32)
-    return np.clip(codes, lo, hi).astype(np.int32)
+    clipped: NDArray[np.int32] = np.clip(codes, lo, hi).astype(np.int32)
+    return clipped
 
 
 def dequantize(codes: NDArray[np.integer], params: QParams) -> NDArray[np.float32]:

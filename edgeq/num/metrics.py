@@ -1,0 +1,203 @@
+"""How far an artefact's outputs are from the truth: one value a sample, arrays in, numbers out (L1).
+
+A metric gives f64[n], one value for each sample along the first axis, instead of one number: intervals and paired
+tests need them apart, and batches of any size can be concatenated. Outputs that aren't finite never look good:
+where the reference doesn't hold the same infinity there, the sample is as bad as the metric can say, so that the mean
+over all samples is infinitely bad too (snr_db, cosine, max_abs) or the sample counts as wrong (the others).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from edgeq.errors import ModelError, SampleError, UsageError, did_you_mean
+from edgeq.num.intervals import Interval, interval_mean, interval_paired_difference, interval_ratio
+
+__all__ = [
+    "METRICS",
+    "Interval",
+    "Metric",
+    "agreement_top1",
+    "cosine",
+    "exact_match",
+    "interval_mean",
+    "interval_paired_difference",
+    "interval_ratio",
+    "max_abs",
+    "measure",
+    "metric",
+    "snr_db",
+    "top1",
+]
+
+F64 = NDArray[np.float64]
+Array = NDArray[Any]
+
+SNR_CAP_DB = 150.0  # as good as equal: float32 rounds at 149 dB (6.02 * 24 bits + 4.8)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """``function(outputs, labels)`` where labels are needed, else ``function(reference, test)``: f64[n], in ``unit``.
+
+    ``summary`` says what one number stands for all samples: their mean or their largest."""
+
+    name: str
+    higher_is_better: bool
+    needs_labels: bool
+    unit: str
+    function: Callable[[Array, Array], F64]
+    summary: Literal["mean", "max"] = "mean"
+
+
+def snr_db(reference: Array, test: Array) -> F64:
+    """Signal to noise, ``10 log10(sum r**2 / sum (r - t)**2)`` a sample, f64[n] within ±150 dB; -inf if not finite.
+
+    A reference of zeros gives the best value when met and the worst otherwise."""
+    r, t, broken = _samples(reference, test)
+    # Scaled by each sample's largest value: squares of tiny outputs would underflow, those of huge ones overflow.
+    size = np.maximum(np.abs(r).max(1, initial=0.0), np.abs(t).max(1, initial=0.0))[:, None]
+    size[size == 0.0] = 1.0
+    signal, noise = ((r / size) ** 2).sum(1), ((r / size - t / size) ** 2).sum(1)
+    with np.errstate(divide="ignore"):
+        value = 10 * (np.log10(signal) - np.log10(np.where(noise > 0, noise, 1.0)))
+    value = np.clip(np.where(noise > 0, value, SNR_CAP_DB), -SNR_CAP_DB, SNR_CAP_DB)
+    return np.where(broken, -np.inf, value)
+
+
+def cosine(reference: Array, test: Array) -> F64:
+    """Cosine of the angle between the two, a sample, f64[n]; zeros against zeros give 1, against others 0."""
+    r, t, broken = _samples(reference, test)
+    r, t = _unit(r), _unit(t)
+    value = np.where((r == 0).all(1) & (t == 0).all(1), 1.0, np.clip((r * t).sum(1), -1.0, 1.0))
+    return np.where(broken, -np.inf, value)
+
+
+def max_abs(reference: Array, test: Array) -> F64:
+    """Largest absolute difference a sample, f64[n], in the output's own unit; inf if not finite."""
+    r, t, broken = _samples(reference, test)
+    return np.where(broken, np.inf, np.abs(r - t).max(1, initial=0.0))
+
+
+def exact_match(reference: Array, test: Array) -> F64:
+    """1 where every element of a sample is equal, else 0, f64[n]; any dtype, text too. NaN equals nothing."""
+    r, t = _same_shape(reference, test)
+    return np.asarray(r == t).reshape(len(r), -1).all(1).astype(np.float64)
+
+
+def agreement_top1(reference: Array, test: Array) -> F64:
+    """Share of a sample's positions where both have their largest value in the same place of the last axis, f64[n]."""
+    r, t = _same_shape(reference, test)
+    return _share(_top(r) == _top(t), r, t)
+
+
+def top1(outputs: Array, labels: ArrayLike) -> F64:
+    """Share of a sample's positions where the largest of ``outputs`` [n, …, classes] is at ``labels`` [n, …], f64[n].
+
+    Raises SampleError when labels aren't whole numbers, don't fit in shape or name a class the model doesn't have."""
+    out, truth = _with_samples(np.asarray(outputs)), np.asarray(labels)
+    if truth.ndim == out.ndim and truth.shape[-1] == 1:
+        truth = truth[..., 0]
+    if truth.shape != out.shape[:-1]:
+        hint = "give one label a sample" if out.ndim == 2 else "give one label a position"
+        raise SampleError(f"labels of shape {truth.shape} for outputs of shape {out.shape}", hint=hint)
+    if truth.dtype.kind not in "iub" and not (truth.dtype.kind == "f" and (truth == np.rint(truth)).all()):
+        raise SampleError(f"labels are {truth.dtype}, top1 needs class indices", hint="use whole numbers from 0")
+    if truth.size and not (truth.min() >= 0 and truth.max() < out.shape[-1]):
+        raise SampleError(
+            f"labels from {truth.min()} to {truth.max()} for {out.shape[-1]} classes",
+            hint="check that labels count from 0 and belong to this model",
+        )
+    return _share(_top(out) == truth, out)
+
+
+METRICS: dict[str, Metric] = {
+    row.name: row
+    for row in (
+        Metric("snr_db", True, False, "dB", snr_db),
+        Metric("cosine", True, False, "", cosine),
+        Metric("max_abs", False, False, "", max_abs, "max"),
+        Metric("exact_match", True, False, "", exact_match),
+        Metric("agreement_top1", True, False, "", agreement_top1),
+        Metric("top1", True, True, "", top1),
+    )
+}
+
+
+def metric(name: str) -> Metric:
+    """The built-in metric called ``name``. Raises UsageError with the nearest name when there is none."""
+    if name not in METRICS:
+        raise UsageError(f"unknown metric {name!r}", hint=did_you_mean(name, list(METRICS)))
+    return METRICS[name]
+
+
+def measure(what: Metric, values: F64, level: float = 0.95) -> Interval:
+    """The metric's f64[n] values as one number: their mean with its interval, or the largest, which has none."""
+    if what.summary == "max":
+        return Interval(float(values.max()), None, None)
+    return interval_mean(values, level)
+
+
+def _with_samples(x: Array) -> Array:
+    if x.ndim == 0 or len(x) == 0:
+        raise SampleError(f"outputs of shape {x.shape} hold no sample", hint="the first axis has to be the samples'")
+    return x
+
+
+def _same_shape(reference: Array, test: Array) -> tuple[Array, Array]:
+    r, t = np.asarray(reference), np.asarray(test)
+    if r.shape != t.shape:
+        raise ModelError(
+            f"outputs differ in shape: reference {r.shape}, test {t.shape}",
+            hint="compare the same output of both models on the same inputs",
+        )
+    return _with_samples(r), t
+
+
+def _samples(reference: Array, test: Array) -> tuple[F64, F64, NDArray[np.bool_]]:
+    """Both as f64[n, elements], and which samples are broken: hold a value that isn't finite and not the same in both.
+
+    Equal infinities (a mask's -inf) say nothing about either side and are set to 0, as broken values are."""
+    r, t = _same_shape(reference, test)
+    _numeric(r, t)
+    r, t = (x.reshape(len(x), -1).astype(np.float64) for x in (r, t))
+    odd = ~(np.isfinite(r) & np.isfinite(t))
+    broken: NDArray[np.bool_] = (odd & (r != t)).any(1)
+    return np.where(odd, 0.0, r), np.where(odd, 0.0, t), broken
+
+
+def _numeric(*arrays: Array) -> None:
+    for x in arrays:
+        if x.dtype.kind in "OSUTMm":
+            raise ModelError(f"an output of {x.dtype} has no numeric error", hint="use exact_match")
+
+
+def _unit(x: F64) -> F64:
+    """Rows scaled to length 1; rows of zeros stay. In two divisions, so that no square over- or underflows."""
+    largest = np.abs(x).max(1, initial=0.0, keepdims=True)
+    x = x / np.where(largest > 0, largest, 1.0)
+    length = np.sqrt((x * x).sum(1, keepdims=True))
+    unit: F64 = x / np.where(length > 0, length, 1.0)
+    return unit
+
+
+def _top(x: Array) -> NDArray[np.intp]:
+    if x.ndim < 2 or x.shape[-1] < 2:
+        raise ModelError(f"outputs of shape {x.shape} have no classes along the last axis", hint="use snr_db or cosine")
+    _numeric(x)
+    return np.asarray(np.argmax(x, axis=-1))
+
+
+def _share(right: NDArray[np.bool_], *outputs: Array) -> F64:
+    """Mean of ``right`` [n, …] a sample, positions with NaN in any of ``outputs`` [n, …, classes] being wrong.
+
+    A sample without positions (a detector's with no box) has nothing wrong: 1."""
+    for x in outputs:
+        right = right & ~np.isnan(x.astype(np.float64)).any(-1)
+    wrong: F64 = (~right).reshape(len(right), -1).sum(1) / max(1, right[0].size)
+    return 1.0 - wrong
