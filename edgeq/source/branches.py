@@ -7,6 +7,7 @@ inputs, not by a runtime: a condition is a handful of scalar ops, and a partly k
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -43,8 +44,32 @@ def _divide(_: ir.Node, a: Array, b: Array) -> Array:
     return np.asarray(a / b)
 
 
-FOLDS: dict[str, Callable[..., Array]] = {
+def _slice(
+    _: ir.Node, x: Array, starts: Array, ends: Array, axes: Array | None = None, steps: Array | None = None
+) -> Array:
+    axes = np.arange(len(starts)) if axes is None else axes
+    steps = np.ones_like(starts) if steps is None else steps
+    cut = [slice(None)] * x.ndim
+    for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
+        low = None if step < 0 and end < -x.shape[axis] else int(end)  # INT_MIN: down to the first element
+        cut[int(axis)] = slice(int(start), low, int(step))
+    return x[tuple(cut)]
+
+
+def _filled(node: ir.Node, shape: Array) -> Array | None:
+    value = query.attribute(node, "value")
+    fill = np.zeros(1, np.float32) if value is None else value.numpy()
+    return None if math.prod(shape.tolist()) > SMALL else np.full(tuple(shape), fill.reshape(()), fill.dtype)
+
+
+def _reshaped(node: ir.Node, x: Array, shape: Array) -> Array:
+    keeps = not query.attribute(node, "allowzero", 0)
+    return x.reshape([x.shape[axis] if size == 0 and keeps else size for axis, size in enumerate(shape.tolist())])
+
+
+FOLDS: dict[str, Callable[..., Array | None]] = {
     "Identity": lambda _, x: x,
+    "Size": lambda _, x: np.array(x.size, np.int64),
     "Cast": _cast,
     "Not": lambda _, x: ~x,
     "And": lambda _, a, b: a & b,
@@ -61,8 +86,11 @@ FOLDS: dict[str, Callable[..., Array]] = {
     "Div": _divide,
     "Squeeze": lambda node, x, *axes: np.squeeze(x, _axes(node, axes)),
     "Unsqueeze": lambda node, x, *axes: np.expand_dims(x, _axes(node, axes) or 0),
-    "Reshape": lambda _, x, shape: x.reshape(shape) if 0 not in shape else x,
+    "Reshape": _reshaped,
     "Gather": lambda node, x, index: np.asarray(np.take(x, index, query.attribute(node, "axis", 0))),
+    "Slice": _slice,
+    "Transpose": lambda node, x: np.transpose(x, query.attribute(node, "perm")),
+    "ConstantOfShape": _filled,
     "Concat": lambda node, *parts: np.concatenate(parts, query.attribute(node, "axis")),
 }
 """Op type -> its value from the values of its inputs, for a node of the newest form."""
@@ -88,10 +116,14 @@ def _computed(value: ir.Value, known: Known, depth: int) -> Array | None:
     of_shape = _from_shape(node, known, depth)
     if of_shape is not None or node.op_type not in FOLDS:
         return of_shape
-    inputs = [evaluate(part, known, depth - 1) for part in node.inputs if part is not None]
-    if any(part is None for part in inputs):
+    inputs = [evaluate(part, known, depth - 1) for part in node.inputs]
+    if any(array is None for part, array in zip(node.inputs, inputs, strict=True) if part is not None):
         return None
-    return np.asarray(FOLDS[node.op_type](node, *inputs))
+    try:
+        found = FOLDS[node.op_type](node, *inputs)
+    except (ValueError, IndexError):  # shapes that don't fit: the runtime's to report
+        return None
+    return None if found is None or found.size > SMALL else np.asarray(found)
 
 
 def _from_shape(node: ir.Node, known: Known, depth: int) -> Array | None:
@@ -138,7 +170,7 @@ def specialise(model: ir.Model, values: Mapping[str, Array]) -> tuple[ir.Model, 
             raise UsageError(f"input {name!r} can't be fixed to {np.size(array)} values, only to one")
     count, decided, behind = 0, model, set[str]()
     while any(node.op_type == "If" for node in query.nodes(decided)):
-        candidate = verify.infer_shapes(decided)
+        candidate = verify.infer_shapes(_fold_small(verify.infer_shapes(decided)))
         inputs = {value.name or "": value for value in candidate.graph.inputs}
         given: Known = {inputs[name]: np.asarray(array) for name, array in values.items()}
         taken = _inline_decided(candidate.graph, given, edit.Names(candidate), behind)
@@ -148,6 +180,23 @@ def specialise(model: ir.Model, values: Mapping[str, Array]) -> tuple[ir.Model, 
         count, decided = count + taken, candidate
     fixed = {name: np.asarray(values[name]) for name in values if name in behind}
     return decided, Decided(count, fixed)
+
+
+def _fold_small(model: ir.Model) -> ir.Model:
+    """Make what shape arithmetic yields initializers, in place: inference stops at a Pad or Reshape it can't see into.
+    Values of the given inputs take no part, since their other readers keep following them."""
+    known: Known = {}
+    for node in query.nodes(model):
+        graph, value = node.graph, node.outputs[0] if node.outputs else None
+        if value is None or not isinstance(graph, ir.Graph) or value.is_graph_output() or not value.uses():
+            continue
+        found = evaluate(value, known)
+        if found is not None:
+            name = value.name or ""
+            value.name = f"{name}_computed"
+            value.replace_all_uses_with(edit.add_initializer(graph, name, np.ascontiguousarray(found)))
+    edit.drop_dead(model)
+    return model
 
 
 def _inline_decided(graph: ir.Graph, given: Known, names: edit.Names, behind: set[str]) -> int:

@@ -13,6 +13,7 @@ import io as text_io
 import logging
 import tempfile
 import warnings
+import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -96,6 +97,8 @@ def _called(found: Any, path: str) -> tuple[Any, Any, Any]:
             )
         try:
             inspect.signature(found).bind()
+        except ValueError:  # written in C, says nothing of its arguments
+            pass
         except TypeError as error:
             raise UsageError(
                 f"{path!r} can't be called without arguments: {error}", hint="give them defaults"
@@ -192,7 +195,7 @@ def _export_program(path: str, opset: int) -> tuple[ir.Model, Subject]:
     try:
         with _quiet():
             program = torch.export.load(path)
-    except (RuntimeError, OSError, ValueError, KeyError, AttributeError) as error:
+    except (RuntimeError, OSError, ValueError, KeyError, AttributeError, zipfile.BadZipFile) as error:
         raise ModelError(
             f"{path!r} can't be loaded as an exported program: {_first_line(error)}",
             hint="write it with torch.export.save of the same torch version",
@@ -200,7 +203,13 @@ def _export_program(path: str, opset: int) -> tuple[ir.Model, Subject]:
     args, kwargs = program.example_inputs or ((), {})
     names = [str(name) for name in program.graph_signature.user_inputs]
     feed = dict(zip(names, [*args, *kwargs.values()], strict=False))
-    subject = Subject(path, "exported-program", program, program.module(), feed)
+    called = program.module()
+
+    def module(**feed: torch.Tensor) -> Any:
+        values = [feed[name] for name in names]
+        return called(*values[: len(args)], **dict(zip(kwargs, values[len(args) :], strict=True)))
+
+    subject = Subject(path, "exported-program", program, module, feed)
     model = _run_exporter(subject, None, opset)
     if not feed:
         return model, replace(subject, notes=("it holds no example inputs: not compared with torch",))
@@ -250,12 +259,29 @@ def _batch_axes(feed: Feed) -> dict[str, Any]:
 
 def _checked(subject: Subject, dynamic: Any, opset: int) -> ir.Model:
     model = _run_exporter(subject, dynamic, opset)
+    for name, axis in _asked(dynamic, subject.feed):
+        value = next(value for value in model.graph.inputs if value.name == name)
+        if value.shape is not None and isinstance(value.shape[axis], int):
+            raise ModelError(
+                f"torch froze axis {axis} of {name!r} at {value.shape[axis]} in {subject.origin!r}, not dynamic",
+                hint="leave it out of dynamic_shapes, or rewrite the module so that the axis stays dynamic",
+            )
     for what in _differences(model, subject):
         raise ModelError(
             f"{subject.origin!r} exported to ONNX differs from torch: {what}",
             hint="export that axis static, or rewrite the module so that the axis stays dynamic",
         )
     return model
+
+
+def _asked(dynamic: Any, feed: Feed) -> list[tuple[str, int]]:
+    """The (input, axis) pairs of ``dynamic_shapes``, in torch's forms (mappings or sequences)."""
+    by_name = dynamic if isinstance(dynamic, Mapping) else dict(zip(feed, dynamic or (), strict=False))
+    pairs = []
+    for name, axes in by_name.items():
+        listed = axes.items() if isinstance(axes, Mapping) else enumerate(axes or ())
+        pairs += [(name, axis) for axis, size in listed if type(size).__name__ == "Dim" and name in feed]
+    return pairs
 
 
 def _run_exporter(subject: Subject, dynamic: Any, opset: int) -> ir.Model:
@@ -308,9 +334,10 @@ def _last_line(text: str) -> str:
 
 
 def _differences(model: ir.Model, subject: Subject) -> Iterator[str]:
-    """Where the exported model isn't torch's: on the example, then with each dynamic axis at another size."""
+    """Where the exported model isn't torch's: on the example, then with each dynamic axis at another size. Output
+    sizes that move although the exporter declared them static are made dynamic on the way, in place."""
     session = _session(model)
-    different = _compare(session, subject.module, subject.feed)
+    found, different = _compare(session, subject.module, subject.feed)
     if different:
         yield different
         return
@@ -321,10 +348,22 @@ def _differences(model: ir.Model, subject: Subject) -> Iterator[str]:
             feed = _with_size(subject.feed, axes, other)
             if not _torch_takes(subject.module, feed):
                 continue
-            different = _compare(session, subject.module, feed)
+            found, different = _compare(session, subject.module, feed)
             if different:
                 yield f"axis {axis} of {name!r} ({symbol}) was frozen at {size}: with {other}, {different}"
+            else:
+                _free_outputs(model, found)
             break
+
+
+def _free_outputs(model: ir.Model, found: list[NDArray[Any]]) -> None:
+    for value, array in zip(model.graph.outputs, found, strict=True):
+        if value.shape is not None and len(value.shape) == array.ndim:
+            pairs = enumerate(zip(value.shape, array.shape, strict=True))
+            moved = {axis for axis, (dim, size) in pairs if isinstance(dim, int) and dim != size}
+            value.shape = ir.Shape(
+                [f"{value.name}_axis{axis}" if axis in moved else dim for axis, dim in enumerate(value.shape)]
+            )
 
 
 def _symbols(model: ir.Model, feed: Feed) -> dict[str, list[tuple[str, int]]]:
@@ -379,8 +418,8 @@ def _session(model: ir.Model) -> Any:
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-def _compare(session: Any, module: Any, feed: Feed) -> str:
-    """How the runtime's outputs differ from torch's for ``feed``, empty when they agree."""
+def _compare(session: Any, module: Any, feed: Feed) -> tuple[list[NDArray[Any]], str]:
+    """The runtime's outputs for ``feed``, and how they differ from torch's; empty when they agree."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
     expected = _torch_outputs(module, feed)
@@ -388,15 +427,15 @@ def _compare(session: Any, module: Any, feed: Feed) -> str:
     try:
         found = session.run(None, {name: tensor.numpy() for name, tensor in feed.items() if name in taken})
     except (state.Fail, state.InvalidArgument, state.RuntimeException) as error:
-        return f"the runtime fails: {_first_line(error)}"
+        return [], f"the runtime fails: {_first_line(error)}"
     if len(found) != len(expected):
-        return f"{len(found)} outputs instead of {len(expected)}"
+        return found, f"{len(found)} outputs instead of {len(expected)}"
     for item, a, b in zip(session.get_outputs(), expected, found, strict=True):
         if a.shape != b.shape:
-            return f"output {item.name!r} has shape {list(b.shape)} instead of {list(a.shape)}"
+            return found, f"output {item.name!r} has shape {list(b.shape)} instead of {list(a.shape)}"
         if a.size and not _agree(a, b):
-            return f"output {item.name!r} is off by {np.abs(a.astype(np.float64) - b).max():.3g}"
-    return ""
+            return found, f"output {item.name!r} is off by {np.abs(a.astype(np.float64) - b).max():.3g}"
+    return found, ""
 
 
 def _agree(a: NDArray[Any], b: NDArray[Any]) -> bool:
