@@ -217,7 +217,7 @@ def test_only_limits_that_were_set_are_claimed() -> None:
 def test_numbers_are_short() -> None:
     values = (None, 0.123456, 12.0, 1234567.0, math.nan, math.inf)
     assert [rows.number(value) for value in values] == ["", "0.1235", "12", "1,234,567", "NaN", "∞"]
-    assert rows.quantity(3 << 20, "bytes") == "3 MiB"
+    assert [rows.quantity(count, "bytes") for count in (3 << 20, 1536)] == ["3 MiB", "1.5 KiB"]
 
 
 class _Page(HTMLParser):

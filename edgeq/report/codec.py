@@ -133,6 +133,11 @@ def schema() -> dict[str, Any]:
     }
 
 
+def write_schema() -> None:
+    """Renew the committed schema after a change of the records (``make golden``)."""
+    SCHEMA_PATH.write_text(json.dumps(schema(), indent=2) + "\n", encoding="utf-8")
+
+
 def _describe(hint: Any, definitions: dict[str, Any]) -> dict[str, Any]:
     """The schema of one type hint; records are put into ``definitions`` and referred to."""
     origin, arguments = get_origin(hint), get_args(hint)

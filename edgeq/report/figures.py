@@ -45,7 +45,7 @@ def size(report: Report) -> Figure | None:
         "orientation": "h",
         "y": [name for name, _ in found],
         "x": [count / rows.MIB for _, count in found],
-        "text": [f"{rows.number(count / rows.MIB)} MiB" for _, count in found],
+        "text": [rows.quantity(count, "bytes") for _, count in found],
         "textposition": "auto",
         "marker": {"color": [INTEGER if name == "artifact" else FLOAT for name, _ in found]},
         "hoverinfo": "y+text",

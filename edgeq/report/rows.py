@@ -80,9 +80,9 @@ def number(value: float | None) -> str:
 
 
 def quantity(value: float | None, unit: str) -> str:
-    """A value with its unit; bytes as MiB."""
-    if value is not None and unit in ("bytes", "byte", "B"):
-        return f"{number(value / MIB)} MiB"
+    """A value with its unit; bytes as KiB or MiB."""
+    if value is not None and unit == "bytes":
+        return f"{number(value / MIB)} MiB" if value >= 0.1 * MIB else f"{number(value / 1024)} KiB"
     return f"{number(value)} {unit}".strip()
 
 
@@ -147,7 +147,7 @@ def _shipped(report: Report) -> str:
         return "nothing ships"
     integer = report.coverage is None or report.coverage.integer_nodes > 0
     what = "" if integer else "the float model, "
-    return f"ships {what}{report.artifact.path} ({number(report.artifact.size_bytes / MIB)} MiB)"
+    return f"ships {what}{report.artifact.path} ({quantity(report.artifact.size_bytes, 'bytes')})"
 
 
 def columns(rows: Sequence[dict[str, Any]]) -> list[str]:

