@@ -1,0 +1,271 @@
+"""What calibration remembers of a tensor: Stats, of fixed size however many values it has seen (L5).
+
+Every range method is fitted from this one record, instead of from kept activations, so memory does not depend on the
+number of samples. Extremes and moments count every value; the histogram and the reservoir see a subset of large
+tensors. All parts are mergeable: two halves of the data merged say what one pass over both would have said.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeq.num.histogram import Histogram
+
+Arrays = dict[str, NDArray[Any]]
+
+RESERVOIR = 1 << 13  # values kept raw per tensor
+HISTOGRAM_ELEMENTS = 1 << 15  # values of one tensor of one sample that enter the histogram: 1e6 after 32 samples
+HUGE = 1e30  # no activation; -3.4e38 is how exporters write "attend nowhere"
+MASK, PLAIN = -1e6, 1e4  # values below MASK beside a tensor otherwise within PLAIN are such a constant too (-1e9)
+SETTLED = 0.01  # a range that grows by less than this share of itself has settled
+
+_FLOATS = ("min", "max", "sum", "sum2")
+_CHANNELS = ("sum", "absmax", "count")
+_COUNTS = ("count", "samples", "nan_count", "inf_count", "mask_count", "settled")
+
+
+class Reservoir:
+    """A uniform sample of at most ``RESERVOIR`` values, independent of how the data is split into batches.
+
+    Every value gets a random key and the smallest keys stay, so reservoirs merge exactly. Only keys that can stay are
+    drawn: the smallest of n uniform keys arrive like a Poisson process of rate n, and a seed fixes that process
+    whatever the reservoir already holds.
+    """
+
+    def __init__(self, values: NDArray[np.float32] | None = None, keys: NDArray[np.float32] | None = None) -> None:
+        self._values = np.zeros(0, np.float32) if values is None else values
+        self._keys = np.zeros(0, np.float32) if keys is None else keys
+        self._limit = math.inf  # no key at or above it can stay
+        self._trim()
+
+    def add(self, values: NDArray[np.float32], seed: tuple[int, ...]) -> None:
+        """Offer f32[n]; ``seed`` (what tensor, which sample) decides the keys."""
+        likely = min(values.size * self._limit, values.size, RESERVOIR)
+        spread = 0 if likely == values.size else 6 * math.sqrt(likely) + 16  # one in 1e9 has more
+        draws = np.random.default_rng(seed).random((int(likely + spread), 2))
+        keys = (np.cumsum(-np.log1p(-draws[:, 0])) / values.size).astype(np.float32)
+        stay = keys < self._limit
+        self._join(values[(draws[stay, 1] * values.size).astype(np.intp)], keys[stay])
+
+    def merge(self, other: Reservoir) -> None:
+        """Take in another reservoir's values."""
+        self._join(other._values, other._keys)
+
+    def arrays(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Values and their keys, both f32[at most RESERVOIR]."""
+        self._trim()
+        return self._values, self._keys
+
+    def _join(self, values: NDArray[np.float32], keys: NDArray[np.float32]) -> None:
+        self._values, self._keys = np.concatenate([self._values, values]), np.concatenate([self._keys, keys])
+        if self._keys.size > RESERVOIR * 5 // 4:  # not at each call: sorting out is the costly part
+            self._trim()
+
+    def _trim(self) -> None:
+        if self._keys.size > RESERVOIR:
+            stay = np.argpartition(self._keys, RESERVOIR)[:RESERVOIR]
+            self._values, self._keys = self._values[stay], self._keys[stay]
+        if self._keys.size == RESERVOIR:
+            self._limit = float(self._keys.max())
+
+
+@dataclass(frozen=True)
+class Channels:
+    """Per channel: ``sum`` f64[C], ``absmax`` f32[C] and how many values, ``count`` i64[C]."""
+
+    sum: NDArray[np.float64]
+    absmax: NDArray[np.float32]
+    count: NDArray[np.int64]
+
+    @property
+    def mean(self) -> NDArray[np.float64]:
+        """f64[C]; 0 where nothing was seen."""
+        return self.sum / np.maximum(self.count, 1)
+
+    def joined(self, other: Channels | None) -> Channels | None:
+        """Both together; None when the numbers of channels differ, since then the axis isn't one of channels."""
+        if other is None or other.sum.size != self.sum.size:
+            return None
+        return Channels(self.sum + other.sum, np.maximum(self.absmax, other.absmax), self.count + other.count)
+
+
+@dataclass
+class Stats:
+    """One tensor over the samples ``add`` saw. Values that no format should hold are counted apart and left out:
+    NaN, infinities (``inf_count``) and the huge negative constants of masks (``mask_count``, -inf included).
+
+    ``count`` is of values; ``settled`` is the number of samples after which the range grew by less than 1 % at a time.
+    ``channels`` is None for a tensor without a channel axis or with a varying number of channels. ``shape`` is the
+    largest seen, ``seed`` tells tensors apart, ``elements`` bounds what one sample adds to the histogram.
+    """
+
+    seed: int = 0
+    elements: int = HISTOGRAM_ELEMENTS
+    min: float = math.inf
+    max: float = -math.inf
+    sum: float = 0.0
+    sum2: float = 0.0
+    count: int = 0
+    samples: int = 0
+    nan_count: int = 0
+    inf_count: int = 0
+    mask_count: int = 0
+    settled: int = 0
+    shape: tuple[int, ...] = ()
+    histogram: Histogram = field(default_factory=Histogram)
+    reservoir: Reservoir = field(default_factory=Reservoir)
+    channels: Channels | None = None
+
+    @property
+    def sample(self) -> NDArray[np.float32]:
+        """A uniform sample of the values, f32[at most RESERVOIR], in no order."""
+        return self.reservoir.arrays()[0]
+
+    @property
+    def mean(self) -> float:
+        """Mean of all values; 0 before the first."""
+        return self.sum / self.count if self.count else 0.0
+
+    def add(self, x: NDArray[np.floating], index: int, axis: int | None = -1) -> None:
+        """Take in the tensor of sample ``index``: any shape, any float dtype, channels along ``axis`` (negative)."""
+        if x.size == 0:
+            return
+        with np.errstate(invalid="ignore", over="ignore"):  # what is NaN or infinite is counted below
+            view = _by_channel(np.ascontiguousarray(x, np.float32), axis)
+            low, high = _channel_extremes(view)
+        values, counts = view.reshape(-1), np.full(view.shape[1], view.shape[0] * view.shape[2])
+        lows, highs = low, high
+        if not (low.min() > MASK and high.max() < HUGE):  # so written that NaN fails it
+            usable = self._screen(view)
+            values, counts, view = view[usable], usable.sum(axis=(0, 2)), np.where(usable, view, np.float32(0))
+            lows, highs, (low, high) = values, values, _channel_extremes(view)
+        self.shape = x.shape if math.prod(x.shape) >= math.prod(self.shape) else self.shape
+        self.samples += 1
+        channels = Channels(self._add_moments(view), np.maximum(-low, high), counts)
+        self._add_channels(channels if axis is not None and x.ndim >= -axis else None)
+        if values.size:
+            self._add_values(values, index, float(lows.min()), float(highs.max()))
+
+    def _screen(self, x: NDArray[np.float32]) -> NDArray[np.bool_]:
+        """Which values count (same shape); those that don't are counted by what they are."""
+        plain = np.abs(x[np.abs(x) < -MASK])
+        floor = MASK if plain.size and plain.max() < PLAIN else -HUGE
+        nan, mask, inf = np.isnan(x), x <= floor, x >= HUGE
+        self.nan_count += int(nan.sum())
+        self.mask_count += int(mask.sum())
+        self.inf_count += int(inf.sum())
+        return ~(nan | mask | inf)
+
+    def _add_moments(self, view: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Add sums of f32[outer, C, inner] and of its squares, in f64 beyond the innermost run; sums f64[C] out."""
+        rows = view.reshape(-1, view.shape[2] if view.shape[2] > 1 else view.shape[1])
+        inner = view[:, :, 0] if view.shape[2] == 1 else view.sum(axis=2)
+        sums: NDArray[np.float64] = inner.sum(axis=0, dtype=np.float64)
+        self.sum += float(sums.sum())
+        squares = np.einsum("ij,ij->i", rows, rows)
+        if not np.isfinite(squares).all():  # beyond 1e19 they leave float32
+            squares = np.einsum("ij,ij->i", rows, rows, dtype=np.float64, casting="same_kind")
+        self.sum2 += float(squares.sum(dtype=np.float64))
+        return sums
+
+    def _add_channels(self, channels: Channels | None) -> None:
+        if self.samples == 1:
+            self.channels = channels
+        elif self.channels is not None:
+            self.channels = self.channels.joined(channels)
+
+    def _add_values(self, values: NDArray[np.float32], index: int, low: float, high: float) -> None:
+        """Extremes, histogram and reservoir of f32[n] within [low, high]."""
+        if self._widened(low, high):
+            self.settled = self.samples
+        self.min, self.max = min(self.min, low), max(self.max, high)
+        self.count += values.size
+        stride = _stride(values.size, self.elements)
+        if stride > 1:
+            self.histogram.add(np.array([low, high], np.float32))  # the subset may miss them
+        self.histogram.add(values[index % stride :: stride], weight=stride)
+        self.reservoir.add(values, (self.seed, index))
+
+    def _widened(self, low: float, high: float) -> bool:
+        """Whether values in [low, high] widen the range by more than ``SETTLED`` of it."""
+        if self.count == 0:
+            return True
+        grown = max(self.min - low, 0.0) + max(high - self.max, 0.0)
+        return grown > SETTLED * (self.max - self.min)
+
+    def to_arrays(self) -> Arrays:
+        """All of the state, as arrays for an ``.npz``."""
+        values, keys = self.reservoir.arrays()
+        arrays: Arrays = {
+            "floats": np.array([getattr(self, name) for name in _FLOATS]),
+            "integers": np.array([self.seed, self.elements, *(getattr(self, name) for name in _COUNTS)], np.int64),
+            "shape": np.array(self.shape, np.int64),
+            "sample": values,
+            "keys": keys,
+            **self.histogram.to_arrays(),
+        }
+        if self.channels is not None:
+            arrays |= {f"channel_{name}": getattr(self.channels, name) for name in _CHANNELS}
+        return arrays
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> Stats:
+        """The inverse of ``to_arrays``. KeyError or ValueError when ``arrays`` are of something else."""
+        seed, elements, *counts = (int(number) for number in arrays["integers"])
+        return cls(
+            seed,
+            elements,
+            **dict(zip(_FLOATS, arrays["floats"].tolist(), strict=True)),
+            **dict(zip(_COUNTS, counts, strict=True)),
+            shape=tuple(arrays["shape"].tolist()),
+            histogram=Histogram.from_arrays(arrays["counts"], arrays["grid"]),
+            reservoir=Reservoir(arrays["sample"], arrays["keys"]),
+            channels=Channels(*(arrays[f"channel_{name}"] for name in _CHANNELS)) if "channel_sum" in arrays else None,
+        )
+
+
+def merge(a: Stats, b: Stats) -> Stats:
+    """The statistics of one pass over the samples of ``a``, then those of ``b``. Neither is changed."""
+    merged, other = (Stats.from_arrays({k: v.copy() for k, v in s.to_arrays().items()}) for s in (a, b))
+    if a.samples == 0 or b.samples == 0:
+        return merged if b.samples == 0 else other
+    if b.count and a._widened(b.min, b.max):
+        merged.settled = a.samples + b.settled
+    merged.min, merged.max = min(a.min, b.min), max(a.max, b.max)
+    for name in ("sum", "sum2", "count", "samples", "nan_count", "inf_count", "mask_count"):
+        setattr(merged, name, getattr(a, name) + getattr(b, name))
+    merged.shape = max(a.shape, b.shape, key=math.prod)
+    merged.histogram.merge(other.histogram)
+    merged.reservoir.merge(other.reservoir)
+    merged.channels = a.channels.joined(b.channels) if a.channels is not None else None
+    return merged
+
+
+def _by_channel(x: NDArray[np.float32], axis: int | None) -> NDArray[np.float32]:
+    """A contiguous tensor as [outer, C, inner] without a copy, ``axis`` counted from the end; [1, 1, n] without one."""
+    if axis is None or x.ndim < -axis:
+        return x.reshape(1, 1, -1)
+    position = x.ndim + axis
+    return x.reshape(math.prod(x.shape[:position]), x.shape[position], math.prod(x.shape[position + 1 :]))
+
+
+def _channel_extremes(view: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Smallest and largest value a channel of f32[outer, C, inner], innermost first since numpy is fastest there."""
+    if view.shape[2] == 1:
+        return view[:, :, 0].min(axis=0), view[:, :, 0].max(axis=0)
+    return view.min(axis=2).min(axis=0), view.max(axis=2).max(axis=0)
+
+
+def _stride(size: int, elements: int) -> int:
+    """Smallest step that leaves at most about ``elements`` of ``size`` values and shares no factor with any axis: a
+    step of 4 would see every fourth channel only."""
+    stride = -(-size // elements)
+    while math.gcd(stride, size) > 1:
+        stride += 1
+    return stride
