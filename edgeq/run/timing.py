@@ -26,7 +26,6 @@ from typing import Any
 
 import numpy as np
 
-import edgeq
 from edgeq import errors
 from edgeq.errors import RuntimeUnavailableError, SampleError, UsageError
 from edgeq.run.record import Feed, Timing
@@ -185,5 +184,5 @@ def _in_worker(task: str, configs: Sequence[TimedConfig], feeds: Sequence[Feed],
 
 def _python_path() -> str:
     """Where this edgeq lies comes first, so that the other process measures with the same code."""
-    own = str(Path(next(iter(edgeq.__path__))).parent)
+    own = str(Path(errors.__file__).parent.parent)
     return os.pathsep.join(filter(None, [own, os.environ.get("PYTHONPATH", "")]))
