@@ -63,14 +63,21 @@ def _public500() -> list[tuple[Path, int]]:
 
 
 def calibration_photos(count: int | None = None) -> Iterator[tuple[Image, int]]:
-    """``count`` photos with their class, -1 where none is known."""
+    """``count`` photos with their class, -1 where none is known; those of a second round are mirrored."""
     from PIL import Image as Images
 
     count = wanted(count, CALIBRATION, "CALIBRATION")
     if photos := _public500():
-        return ((Images.open(path).convert("RGB"), label) for path, label in photos[:count])
+        return (_opened(*photos[index % len(photos)], mirrored=index >= len(photos)) for index in range(count))
     draw = random.Random(SEED)
     return ((_random_crop(Images.open(_unlabelled(i)).convert("RGB"), draw), -1) for i in range(count))
+
+
+def _opened(path: Path, label: int, *, mirrored: bool = False) -> tuple[Image, int]:
+    from PIL import Image as Images
+
+    image = Images.open(path).convert("RGB")
+    return (image.transpose(Images.Transpose.FLIP_LEFT_RIGHT) if mirrored else image), label
 
 
 def _unlabelled(index: int) -> Path:
@@ -79,22 +86,22 @@ def _unlabelled(index: int) -> Path:
 
 def _random_crop(image: Image, draw: random.Random) -> Image:
     """A square of 35–100 % of the short side, mirrored half of the time."""
+    from PIL import Image as Images
+
     side = round(min(image.size) * draw.uniform(0.35, 1.0))
     left, top = (draw.randint(0, extent - side) for extent in image.size)
     crop = image.crop((left, top, left + side, top + side))
-    return crop.transpose(0) if draw.random() < 0.5 else crop  # 0 is PIL's FLIP_LEFT_RIGHT
+    return crop.transpose(Images.Transpose.FLIP_LEFT_RIGHT) if draw.random() < 0.5 else crop
 
 
 def evaluation_photos(count: int | None = None) -> Iterator[tuple[Image, int]]:
     """Up to ``count`` labelled photos that no calibration of at most ``CALIBRATION`` photos has seen."""
-    from PIL import Image as Images
-
     count = wanted(count, EVALUATION, "EVALUATION")
     photos = _public500()[CALIBRATION:]
     if not photos:
         files = sorted(package_file("foolbox/data/imagenet_00_243.jpg").parent.glob("imagenet_*.jpg"))
         photos = [(path, int(path.stem.rpartition("_")[2])) for path in files]
-    return ((Images.open(path).convert("RGB"), label) for path, label in photos[:count])
+    return (_opened(path, label) for path, label in photos[:count])
 
 
 def _lite(image: Image) -> NDArray[np.float32]:
