@@ -16,6 +16,7 @@ from typing import Any
 from edgeq import errors
 from edgeq.errors import EdgeqError, UsageError, did_you_mean
 from edgeq.report.record import Report
+from edgeq.target.record import Target
 
 Table = Mapping[str, Any]
 
@@ -42,7 +43,7 @@ KINDS: dict[str, Callable[[], Table]] = {  # what is cheap to import first: `exp
     "errors": _errors,
     "ops": partial(_table, "edgeq.ir.ops", "OPS"),
     "packages": partial(_table, "edgeq.packaging", "PACKAGES"),
-    "metrics": partial(_table, "edgeq.validator", "METRICS"),
+    "metrics": partial(_table, "edgeq.num.metrics", "METRICS"),
     "steps": partial(_table, "edgeq.steps", "STEPS"),
 }
 
@@ -56,18 +57,22 @@ def everything(kind: str | None) -> dict[str, dict[str, str]]:
 
 
 def _summary(value: Any) -> str:
-    """A string itself, a record's ``summary`` or its set fields, the first line of a docstring."""
+    """One line: a text itself, the docstring of a function or of the one a record holds, a target's summary, or the
+    record's fields."""
     if isinstance(value, str):
         return value
-    if is_dataclass(value) and not isinstance(value, type):
-        return str(getattr(value, "summary", "")) or ", ".join(f"{key} {text}" for key, text in _facts(value).items())
-    return (inspect.getdoc(value) or "").split("\n")[0]
+    if isinstance(value, Target):
+        return value.summary
+    if not is_dataclass(value) or isinstance(value, type):
+        return (inspect.getdoc(value) or "").split("\n")[0]
+    held = [item for item in vars(value).values() if inspect.isfunction(item)]
+    return _text(held[0]) if held else ", ".join(f"{key} {text}" for key, text in _facts(value).items())
 
 
 def _facts(record: Any) -> dict[str, str]:
     """Fields of a record that hold something, as text; tables as ``key: value, …``."""
     found = {field.name: getattr(record, field.name) for field in fields(record)}
-    empty = ((), {}, "", None)
+    empty: tuple[Any, ...] = ((), {}, "", None)
     return {name: _text(value) for name, value in found.items() if value not in empty and value is not False}
 
 
@@ -76,6 +81,8 @@ def _text(value: Any) -> str:
         return ", ".join(f"{key}: {_text(item)}" for key, item in value.items())
     if isinstance(value, tuple | list):
         return ", ".join(map(_text, value))
+    if inspect.isfunction(value):
+        return _summary(value)
     if is_dataclass(value) and type(value).__str__ is object.__str__:  # a record without a text form of its own
         return ", ".join(f"{key} {text}" for key, text in _facts(value).items())
     return str(value)
