@@ -397,8 +397,8 @@ def test_a_callable_in_the_current_folder(module):
         ("own_samples:rows", SampleError, "sample 0 is list, expected a dict"),
         ("own_samples:number", SampleError, "returned int, expected an iterable"),
         ("own_samples:god", UsageError, r"has no 'god'\n.*'good'"),
-        ("own_samples:CONSTANT", UsageError, "is a int, expected a callable"),
-        ("own_sample:good", UsageError, "can't import 'own_sample'"),
+        ("own_samples:CONSTANT", SampleError, "is int, expected a callable"),
+        ("own_sample:good", UsageError, "no module 'own_sample'"),
     ],
 )
 def test_callables_that_give_no_samples(module, name, error, message):

@@ -8,8 +8,9 @@ sample can still be named, and not deep inside the runtime.
 from __future__ import annotations
 
 import hashlib
+import re
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -20,14 +21,15 @@ import onnxruntime
 
 from edgeq.errors import SampleError, did_you_mean
 from edgeq.run.arrays import LABEL_KEYS, check_keys, fit_feed, label_of, sha256_of
-from edgeq.run.callables import IMPORT_PATH, load_callable
 from edgeq.run.folders import FORMS, KINDS, find_tokenizer, open_folder, open_lines, open_rows_file
 from edgeq.run.preprocess import Preprocessing
 from edgeq.run.record import Feed, Samples
 from edgeq.run.session import TensorSpec, input_specs, random_feed
+from edgeq.source.import_path import load
 
 Signature: TypeAlias = Sequence[TensorSpec] | onnxruntime.InferenceSession | onnx_ir.Model
 
+IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 SPOOL_BYTES, SPOOL_COUNT = 8 << 30, 1 << 16  # what a callable may yield before it is taken for endless
 
 
@@ -149,7 +151,7 @@ def _synthetic(spec: str, specs: tuple[TensorSpec, ...]) -> Samples:
 
 def _yielded(spec: str, specs: tuple[TensorSpec, ...], limit: int | None) -> Samples:
     """Dicts a user's callable yields, spooled to a temporary folder so that they can be read again in any order."""
-    produced = load_callable(spec)()
+    produced = _callable(spec)()
     if isinstance(produced, Mapping) or not isinstance(produced, Iterable):
         raise SampleError(f"{spec} returned {type(produced).__name__}, expected an iterable of dicts")
     spool = tempfile.TemporaryDirectory(prefix="edgeq-", ignore_cleanup_errors=True)
@@ -171,6 +173,13 @@ def _yielded(spec: str, specs: tuple[TensorSpec, ...], limit: int | None) -> Sam
         raise SampleError(f"{spec} yields no samples", hint="is it a generator that was used up?")
     known = None if any(label is None for label in labels) else tuple(labels)
     return Samples(spec, count, digest.hexdigest(), lambda index: _unspool(spool, index, specs), known)
+
+
+def _callable(spec: str) -> Callable[[], Any]:
+    found = load(spec)
+    if not callable(found):
+        raise SampleError(f"{spec} is {type(found).__name__}, expected a callable that yields dicts")
+    return found  # type: ignore[no-any-return]
 
 
 def _spooled(spool: tempfile.TemporaryDirectory[str], index: int) -> Path:

@@ -1,0 +1,89 @@
+"""Reference against artefact, on the device itself: accuracy, latency, memory, size -> Checks (L8).
+
+``Judge`` (accuracy) and ``latency`` stand apart because a repair loop asks the first often and the second once;
+``validate`` is both.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir
+
+from edgeq.errors import UsageError, did_you_mean
+from edgeq.ir import io
+from edgeq.num.metrics import METRICS
+from edgeq.report.record import Check
+from edgeq.run.record import Samples, Timing
+from edgeq.run.samples import take
+from edgeq.run.timing import TimedConfig
+from edgeq.validator.judge import Judge, accuracy
+from edgeq.validator.limits import Limits
+from edgeq.validator.speed import Latency, latency, size
+
+__all__ = ["METRICS", "Judge", "Latency", "Limits", "Validation", "accuracy", "latency", "size", "validate"]
+
+TIMED_SAMPLES = 4
+
+
+@dataclass(frozen=True)
+class Validation:
+    """All that was measured of one artefact."""
+
+    checks: tuple[Check, ...]
+    timings: dict[str, dict[int, Timing]]
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)
+
+
+def validate(
+    reference: Path | onnx_ir.Model,
+    artifact: Path,
+    samples: Samples,
+    *,
+    metric: str | None = None,
+    limits: Limits | None = None,
+    threads: Sequence[int] = (1, 2),
+    floats: Sequence[TimedConfig] = (),
+    provider: str = "CPUExecutionProvider",
+    config: Mapping[str, str] | None = None,
+    max_seconds: float = 20.0,
+    seed: int = 0,
+) -> Validation:
+    """Measure ``artifact`` against ``reference`` on ``samples``.
+
+    ``metric`` is a name of METRICS or ``pkg.module:function`` (see ``Judge``); without one, integer labels and a
+    class-like output mean top1. ``floats`` are more float configurations the artefact has to beat. Raises UsageError
+    for a limit on what isn't measured.
+    """
+    limits, config = limits or {}, config or {}
+    with ExitStack() as stack:
+        if isinstance(reference, onnx_ir.Model):
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="edgeq-", ignore_cleanup_errors=True))
+            io.write(reference, Path(folder) / "reference.onnx")
+            reference = Path(folder) / "reference.onnx"
+        judge = Judge(
+            reference, samples, metric=metric, limits=limits, threads=max(threads), provider=provider, config=config
+        )
+        accurate = judge(artifact)
+        fast = latency(
+            [TimedConfig("float", reference, config=config, provider=provider), *floats],
+            TimedConfig("artifact", artifact, config=config, provider=provider),
+            [*take(samples, TIMED_SAMPLES)],
+            threads=threads,
+            limits=limits,
+            max_seconds=max_seconds,
+            seed=seed,
+        )
+        checks = (*accurate, *fast.checks, *size(reference, artifact, limits))
+    names = [check.name for check in checks]
+    for name in limits:
+        if name not in names:
+            raise UsageError(f"limit on {name!r}, which isn't measured here", hint=did_you_mean(name, names))
+    return Validation(checks, fast.timings)

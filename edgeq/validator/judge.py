@@ -1,0 +1,241 @@
+"""Accuracy of an artefact against its reference on held-out samples -> Checks (L8).
+
+The outputs are compared sample by sample and only the scores are kept, instead of collecting outputs: memory doesn't
+grow with the samples. The reference's outputs are kept while they are small, since a repair loop asks again and again.
+
+Which limits hold when the user sets none on accuracy: the metric drops by at most ``MAX_DROP``; a class-like output
+agrees in its largest class on ``MIN_AGREEMENT`` of the positions, any other has a cosine of ``MIN_COSINE``; integer
+outputs match in ``MIN_AGREEMENT`` of the samples.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir
+import onnxruntime
+
+from edgeq.errors import ModelError, SampleError, UsageError, did_you_mean
+from edgeq.num import metrics
+from edgeq.num.intervals import Interval
+from edgeq.num.metrics import METRICS
+from edgeq.report.record import Check
+from edgeq.run.record import Array, Feed, Samples
+from edgeq.run.session import open_session, output_specs, run_session
+from edgeq.source.import_path import load
+from edgeq.validator.limits import AT_LEAST, Limits, held
+from edgeq.validator.score import Score, Scores
+
+MAX_DROP, MIN_AGREEMENT, MIN_COSINE = 0.005, 0.97, 0.99
+CACHE_BYTES = 64 << 20  # outputs of the reference kept between calls of one Judge
+PERFECT = {"cosine": 1.0, "exact_match": 1.0, "agreement_top1": 1.0}
+WORST = {"snr_db": -np.inf, "cosine": -np.inf, "max_abs": np.inf}  # of outputs that differ in shape; else 0
+
+
+class Judge:
+    """Compares artefacts with one reference on one set of samples; a call is one artefact -> its accuracy checks.
+
+    A custom metric ``fn(values, label) -> float`` gets a sample's inputs and outputs by name and its label (None
+    without labels); higher is better. With an attribute ``corpus = True`` it is called once as ``fn(list of values,
+    list of labels)``; its interval is a jackknife over 20 groups, which unlike a bootstrap repeats no sample (repeats
+    would break retrieval metrics). Positions an input ``attention_mask`` [b, s] hides are left out of outputs
+    [b, s, …] wherever outputs are compared. A sample is a row of the batch.
+    """
+
+    def __init__(
+        self,
+        reference: Path | onnx_ir.Model,
+        samples: Samples,
+        *,
+        metric: str | None = None,
+        limits: Limits | None = None,
+        threads: int = 2,
+        provider: str = "CPUExecutionProvider",
+        config: Mapping[str, str] | None = None,
+    ) -> None:
+        self.samples = samples
+        self._settings: dict[str, Any] = {"threads": threads, "provider": provider, "config": config}
+        self._session = open_session(reference, **self._settings)
+        self._outputs = [spec.name for spec in output_specs(self._session)]
+        self._kept: dict[int, Feed] = {}
+        self._kept_bytes = 0
+        first = self._expected(0, samples.read(0))
+        self._class_output = next((name for name in self._outputs if self._class_like(name, first[name])), None)
+        self._comparisons = {name: self._compared_by(name, first[name]) for name in self._outputs}
+        self._metric = metric
+        self._score = self._resolve(metric)
+        self._limits = self._accuracy_limits(limits or {})
+
+    def __call__(self, artifact: Path) -> tuple[Check, ...]:
+        """Accuracy checks of one file. ModelError when it lacks an output of the reference."""
+        session = open_session(artifact, **self._settings)
+        _same_outputs(self._outputs, session, artifact)
+        values: dict[tuple[str, str], list[float]] = defaultdict(list)  # (metric, output) -> one value a sample
+        expected, found = Scores(self._score), Scores(self._score)
+        for index, feed in enumerate(self.samples):
+            label = None if self.samples.labels is None else self.samples.labels[index]
+            truth, test = self._expected(index, feed), run_session(session, feed, self._outputs)
+            for output in self._outputs:
+                for name in self._comparisons[output]:
+                    values[name, output] += _compare(name, truth[output], test[output], feed)
+            expected.add({**feed, **truth}, label)
+            found.add({**feed, **test}, label)
+        return (*self._score_checks(expected, found), *self._comparison_checks(values))
+
+    def _expected(self, index: int, feed: Feed) -> Feed:
+        """Outputs of the reference for sample ``index``, kept while ``CACHE_BYTES`` last."""
+        if index in self._kept:
+            return self._kept[index]
+        outputs = run_session(self._session, feed, self._outputs)
+        size = sum(array.nbytes for array in outputs.values())
+        if self._kept_bytes + size <= CACHE_BYTES:
+            self._kept[index] = outputs
+            self._kept_bytes += size
+        return outputs
+
+    def _class_like(self, name: str, array: Array) -> bool:
+        """Scores of classes on the last axis: distributions, or [n, classes] with labels that are classes, or "logits".
+
+        Anything else of two axes may as well be an embedding, whose largest element means nothing.
+        """
+        if array.dtype.kind not in "fV" or array.ndim < 2 or array.shape[-1] < 2:
+            return False
+        values = array.astype(np.float64)
+        if values.min(initial=0.0) >= 0 and np.allclose(values.sum(-1), 1, atol=1e-3):
+            return True
+        labels = _flat(self.samples.labels)
+        classes = bool(labels) and all(isinstance(one, int) and 0 <= one < array.shape[-1] for one in labels)
+        return array.ndim == 2 and (classes or "logit" in name.lower())
+
+    def _compared_by(self, name: str, array: Array) -> tuple[str, ...]:
+        if array.dtype.kind not in "fV":
+            return ("exact_match",)
+        wanted = ["snr_db", "cosine", "max_abs"]
+        rows = array.ndim >= 2 and array.shape[-1] >= 2
+        if name == self._class_output or (self._metric == "agreement_top1" and rows):
+            wanted.append("agreement_top1")
+        if self._metric == "exact_match":
+            wanted.append("exact_match")
+        return tuple(wanted)
+
+    def _resolve(self, metric: str | None) -> Score | None:
+        """The metric that needs the truth, if any: asked for, or top1 where labels and output are of classes."""
+        labels = self.samples.labels
+        if metric is None:
+            whole = bool(labels) and all(isinstance(one, int) for one in _flat(labels))
+            return Score("top1", self._top1) if whole and self._class_output else None
+        if ":" in metric:
+            function = load(metric)
+            name = getattr(function, "__name__", type(function).__name__)
+            return Score(name, corpus=function) if getattr(function, "corpus", False) else Score(name, function)
+        if not metrics.metric(metric).needs_labels:
+            return None
+        if labels is None:
+            raise SampleError(
+                f"metric {metric!r} needs labels, {self.samples.origin} has none",
+                hint="add a key 'label', labels.csv or a folder a class; or choose agreement_top1, which needs none",
+            )
+        if self._class_output is None:
+            raise UsageError(
+                f"metric {metric!r} needs an output of class scores, the model has {', '.join(self._outputs)}",
+                hint="choose cosine or snr_db, or give pkg.module:function",
+            )
+        return Score(metric, self._top1)
+
+    def _top1(self, values: Feed, label: Any) -> float:
+        assert self._class_output is not None
+        outputs = values[self._class_output]
+        return float(metrics.top1(outputs, np.asarray(label).reshape(outputs.shape[:-1])).mean())
+
+    def _accuracy_limits(self, limits: Limits) -> Limits:
+        """The user's where there are any on accuracy, else the defaults."""
+        score = {self._score.name, f"{self._score.name}_drop"} if self._score else set()
+        ours = {*AT_LEAST, "max_abs", *(f"{name}_drop" for name in PERFECT), *score}
+        given = {name: value for name, value in limits.items() if name in ours}
+        if given:
+            return given
+        kinds = {name for names in self._comparisons.values() for name in names}
+        if self._class_output:
+            default = {"agreement_top1": MIN_AGREEMENT}
+        else:
+            default = {"cosine": MIN_COSINE} if "cosine" in kinds else {"exact_match": MIN_AGREEMENT}
+        return {**default, **({f"{self._score.name}_drop": MAX_DROP} if self._score else {})}
+
+    def _score_checks(self, expected: Scores, found: Scores) -> list[Check]:
+        if self._score is None:
+            return []
+        name, count = self._score.name, len(self.samples)
+        before, after, drop = expected.value(), found.value(), expected.drop_to(found)
+        note = ""
+        if name == "top1" and before.high is not None and before.high < 0.1:
+            note = f"the reference itself is right on {before.value:.1%}: are these labels this model's?"
+        return [
+            held(f"{name}_reference", before, {}, samples=count, note=note),
+            held(name, after, self._limits, samples=count, at_least=True),
+            held(f"{name}_drop", drop, self._limits, samples=count),
+        ]
+
+    def _comparison_checks(self, values: Mapping[tuple[str, str], list[float]]) -> list[Check]:
+        """Of every metric its worst output."""
+        checks = []
+        for name in dict.fromkeys(name for name, _ in values):
+            row = METRICS[name]
+            measured = {
+                output: (metrics.measure(row, np.asarray(found)), len(found))
+                for (other, output), found in values.items()
+                if other == name
+            }
+            pick = min if row.higher_is_better else max
+            worst = pick(measured, key=lambda output: measured[output][0].value)
+            interval, count = measured[worst]
+            note = f"output {worst!r}, the worst of {len(measured)}" if len(measured) > 1 else ""
+            checks.append(held(name, interval, self._limits, unit=row.unit, samples=count, note=note))
+            if name in PERFECT and name == self._metric:
+                checks.append(held(f"{name}_drop", _from(PERFECT[name], interval), self._limits, samples=count))
+        return checks
+
+
+def accuracy(reference: Path | onnx_ir.Model, artifact: Path, samples: Samples, **settings: Any) -> tuple[Check, ...]:
+    """Accuracy checks of one artefact; ``settings`` are those of ``Judge``."""
+    return Judge(reference, samples, **settings)(artifact)
+
+
+def _same_outputs(wanted: Sequence[str], session: onnxruntime.InferenceSession, path: Path) -> None:
+    found = [spec.name for spec in output_specs(session)]
+    for name in wanted:
+        if name not in found:
+            raise ModelError(f"{path} has no output {name!r}, the reference has", hint=did_you_mean(name, found))
+
+
+def _compare(name: str, reference: Array, test: Array, feed: Feed) -> list[float]:
+    """The metric's value of each sample in one feed's output."""
+    if reference.shape != test.shape:
+        return [float(WORST.get(name, 0.0))]
+    function = METRICS[name].function
+    rows = zip(_rows(reference, feed), _rows(test, feed), strict=True)
+    return [float(function(one, other)[0]) for one, other in rows]
+
+
+def _rows(output: Array, feed: Feed) -> list[Array]:
+    """An output as arrays [1, …], one a sample, without padded positions."""
+    batch = next((array.shape[0] for array in feed.values() if array.ndim), 1)
+    if output.ndim == 0 or output.shape[0] != batch:
+        return [output[None]]  # no batch axis in front, such as a recurrent state: the feed is one sample
+    mask = feed.get("attention_mask")
+    if mask is None or mask.ndim != 2 or output.shape[:2] != mask.shape:
+        return [output[i : i + 1] for i in range(batch)]
+    return [output[i : i + 1, mask[i] != 0] for i in range(batch)]
+
+
+def _flat(labels: Sequence[Any] | None) -> list[Any]:
+    """Labels one by one: those of a batch are a tuple."""
+    return [one for label in labels or () for one in (label if isinstance(label, tuple) else (label,))]
+
+
+def _from(perfect: float, interval: Interval) -> Interval:
+    value, low, high = interval
+    return Interval(perfect - value, None if high is None else perfect - high, None if low is None else perfect - low)
