@@ -331,8 +331,8 @@ class _Counter:
         mask = feed.get(source)
         if mask is None or array.ndim < mask.ndim or array.shape[: mask.ndim] != mask.shape or name == source:
             return None
-        if masks is None and _fixed(self.job, name, source):
-            return None
+        if masks is None and (mask.dtype.kind == "f" or _fixed(self.job, name, source)):
+            return None  # a mask of floats may be one that is added: 0 where a token is
         keep = mask.astype(np.bool_)
         return None if keep.all() else keep
 
