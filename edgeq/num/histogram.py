@@ -52,8 +52,9 @@ class Histogram:
             return
         values = x.reshape(-1)
         self._cover(float(values.min()), float(values.max()))
-        # A power of two multiplies exactly; float32 suffices unless 2**-exponent leaves its normal range.
-        wide = x.dtype == np.float64 or abs(self.exponent) > 125
+        # A power of two multiplies exactly. Float32 suffices unless 2**-exponent leaves its normal range or is below 1:
+        # there a tiny negative would underflow to 0 and land right of it.
+        wide = x.dtype == np.float64 or not -125 < self.exponent <= 0
         dtype: type[np.floating] = np.float64 if wide else np.float32
         for start in range(0, values.size, _CHUNK):
             part = values[start : start + _CHUNK].astype(dtype, copy=False)

@@ -87,7 +87,7 @@ def max_abs(reference: Array, test: Array) -> F64:
 def exact_match(reference: Array, test: Array) -> F64:
     """1 where every element of a sample is equal, else 0, f64[n]; any dtype, text too. NaN equals nothing."""
     r, t = _same_shape(reference, test)
-    return np.asarray(r == t).reshape(len(r), -1).all(1).astype(np.float64)
+    return np.asarray(np.asarray(r == t).reshape(len(r), -1).all(1), np.float64)
 
 
 def agreement_top1(reference: Array, test: Array) -> F64:
