@@ -78,8 +78,8 @@ def _origin(node: ir.Node, producer: Mapping[str, str], known: set[str]) -> str:
     if node.op_type in ("Transpose", "ReorderInput", "ReorderOutput", *QDQ):
         return ""
     for value in node.outputs:
-        if value.name in producer:
-            return producer[value.name]
+        if str(value.name) in producer:
+            return producer[str(value.name)]
     return producer.get(re.sub(r"_nchwc$", "", name), "")
 
 
@@ -99,7 +99,10 @@ def coverage(model: ir.Model, plan: Plan, shapes: Shapes, target: Target) -> Cov
     seen = optimised(model, target)
     _propagate_types(seen.graph)
     traced = trace(model, seen.graph)
-    integer, movers, floats, boundary = [], [], [], []
+    integer: list[ir.Node] = []
+    movers: list[ir.Node] = []
+    floats: list[ir.Node] = []
+    boundary: list[ir.Node] = []
     for node in seen.graph:
         group = (
             boundary
@@ -194,7 +197,7 @@ def _propagate_types(graph: ir.Graph) -> None:
         for value in node.outputs:
             if value.dtype is not None:
                 continue
-            if node.op_type == "QuantizeLinear" and len(node.inputs) > 2 and node.inputs[2] is not None:
-                value.dtype = node.inputs[2].dtype
-            elif first is not None and first.dtype is not None and node.op_type != "DequantizeLinear":
-                value.dtype = first.dtype
+            zero = node.inputs[2] if node.op_type == "QuantizeLinear" and len(node.inputs) > 2 else None
+            source = zero if zero is not None else first if node.op_type != "DequantizeLinear" else None
+            if source is not None and source.dtype is not None:
+                value.dtype = source.dtype

@@ -34,8 +34,11 @@ BOUNDARY_NS_ELEMENT = 0.45
 
 @dataclass(frozen=True)
 class Atom:
-    """Nodes that run as one kernel. ``inputs`` and ``constants`` are the edges to quantize, ``outputs`` what it
-    writes; ``head`` does the work and names the atom."""
+    """Nodes that run as one kernel. ``inputs`` and ``constants`` (input indices) are the edges to quantize, ``bias``
+    the edge of an int32 bias, ``outputs`` what it writes; ``head`` does the work and names the atom.
+
+    ``bare`` is the verdict with no Q behind it: an integer kernel that writes float; ``bare_bias`` says whether that
+    kernel takes the bias as int32 too."""
 
     head: ir.Node
     tail: tuple[ir.Node, ...]
@@ -43,7 +46,9 @@ class Atom:
     constants: tuple[int, ...]
     outputs: tuple[ir.Value, ...]
     verdict: Verdict
-    float_output: bool = False  # an integer kernel exists that writes float (no Q wanted behind it)
+    bias: tuple[ir.Node, int] | None = None
+    bare: Verdict | None = None
+    bare_bias: bool = False
 
     @property
     def name(self) -> str:
@@ -77,21 +82,23 @@ class Plan:
     atoms: tuple[Atom, ...] = ()
 
 
-def find_atoms(model: ir.Model, target: Target, oracle: Oracle, shapes: Shapes) -> tuple[Atom, ...]:
-    """Group the main graph's nodes and ask the oracle about each group. Nodes in bodies are left alone."""
+def find_atoms(model: ir.Model, target: Target, oracle: Oracle) -> tuple[Atom, ...]:
+    """Group the main graph's nodes and ask the oracle about each group. Nodes in bodies are left alone.
+
+    The model should carry inferred shapes: the runtime fuses by them."""
     found: list[Atom] = []
     absorbed: set[ir.Node] = set()
     asked = {*target.quantized, *target.through}
     for node in model.graph:
         if node in absorbed or node.domain not in ("", "ai.onnx"):
             continue
-        atom = _atom(node, asked, oracle, shapes)
+        atom = _atom(node, asked, oracle)
         absorbed.update(atom.tail)
         found.append(atom)
     return tuple(found)
 
 
-def _atom(node: ir.Node, asked: set[str], oracle: Oracle, shapes: Shapes) -> Atom:
+def _atom(node: ir.Node, asked: set[str], oracle: Oracle) -> Atom:
     inputs, constants = _operands(node)
     if node.op_type not in asked:
         return _float_atom(node, "no integer kernel on this target")
@@ -99,57 +106,82 @@ def _atom(node: ir.Node, asked: set[str], oracle: Oracle, shapes: Shapes) -> Ato
         return _float_atom(node, "no float tensor flows in")
     if not all(query.is_float(value) for value in node.outputs):
         return _float_atom(node, "its output is not float")
-    quantized = (*(index for index, _ in inputs), *constants)
-    verdict, tail = _ask_with_tail(node, quantized, oracle, shapes)
-    bare = verdict.kind == "integer" and not tail and _can_be_bare(node, quantized, oracle, shapes)
-    outputs = tail[-1].outputs if tail else node.outputs
-    return Atom(node, tail, tuple(value for _, value in inputs), constants, tuple(outputs), verdict, bare)
+    return _ask(node, inputs, constants, oracle)
 
 
 def _float_atom(node: ir.Node, reason: str) -> Atom:
     values = tuple(value for value in node.inputs if query.is_float(value) and not query.is_constant(value))
-    return Atom(
-        node, (), tuple(v for v in values if v is not None), (), tuple(node.outputs), Verdict("float", "", reason)
-    )
+    inputs = tuple(value for value in values if value is not None)
+    return Atom(node, (), inputs, (), tuple(node.outputs), Verdict("float", "", reason))
 
 
-def _operands(node: ir.Node) -> tuple[list[tuple[int, ir.Value]], tuple[int, ...]]:
-    """Float activations (index, value) and indices of constant float operands that are neither weight nor bias."""
+def _operands(node: ir.Node) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Input indices of float activations, and of constant float operands other than the bias."""
     row = OPS.get(node.op_type)
     if row is None:
-        return [], ()
-    indices: Iterable[int] = range(len(node.inputs)) if row.data == (-1,) else row.data
-    inputs, constants = [], []
-    for index in indices:
-        value = node.inputs[index] if index < len(node.inputs) else None
-        if value is None or not query.is_float(value):
-            continue
-        if not query.is_constant(value):
-            inputs.append((index, value))
-        elif index != row.weight:
-            constants.append(index)
-    if row.weight is not None and row.weight < len(node.inputs) and query.is_constant(node.inputs[row.weight]):
-        constants.append(row.weight)
-    return inputs, tuple(sorted(constants))
+        return (), ()
+    indices = set(range(len(node.inputs))) if row.data == (-1,) else {*row.data}
+    indices |= {row.weight} if row.weight is not None else set()
+    present = [index for index in sorted(indices) if index < len(node.inputs) and query.is_float(node.inputs[index])]
+    constants = tuple(index for index in present if query.is_constant(node.inputs[index]))
+    return tuple(index for index in present if index not in constants), constants
 
 
-def _ask_with_tail(
-    node: ir.Node, quantized: tuple[int, ...], oracle: Oracle, shapes: Shapes
-) -> tuple[Verdict, tuple[ir.Node, ...]]:
-    """The longest chain behind ``node`` that the target folds into one integer kernel."""
+def _ask(node: ir.Node, inputs: tuple[int, ...], constants: tuple[int, ...], oracle: Oracle) -> Atom:
+    """The longest chain behind ``node`` that the target folds into one integer kernel, with and without Q behind."""
+    edges = _names(node, (*inputs, *constants))
+    chain = _chain(node)
+    bias = _bias_edge(chain)
+    bias_names = _names(bias[0], (bias[1],)) if bias is not None else set()
+    bare, bare_bias = _ask_bare(chain, edges, bias_names, oracle)
+    while True:
+        wanted = edges | bias_names | {str(value.name) for value in chain[-1].outputs}
+        verdicts = oracle.ask_pattern(chain, wanted)
+        folded = verdicts[0].kind != "float" and all(verdict.kind != "float" for verdict in verdicts)
+        if folded or len(chain) == 1:
+            break
+        chain.pop()
+        if bias is not None and bias[0] not in chain:
+            bias, bias_names, bare_bias = None, set(), False
+    values = tuple(value for index in inputs if (value := node.inputs[index]) is not None)
+    return Atom(
+        node, tuple(chain[1:]), values, constants, tuple(chain[-1].outputs), verdicts[0], bias,
+        bare if verdicts[0].kind == "integer" else None, bare_bias,
+    )  # fmt: skip
+
+
+def _chain(node: ir.Node) -> list[ir.Node]:
+    """``node`` with a bias Add and an activation behind it, when nothing else reads in between."""
     chain = [node]
     for kinds in (("Add",) if node.op_type == "MatMul" else (), ("Relu", "Clip")):
         follower = _only_reader(chain[-1], kinds)
         if follower is not None:
             chain.append(follower)
-    operands = {str(node.inputs[index].name) for index in quantized}  # type: ignore[union-attr]
-    while len(chain) > 1:
-        edges = {*operands, *(str(value.name) for value in chain[-1].outputs)}
-        verdicts = oracle.ask_pattern(chain, edges, shapes=shapes)
-        if verdicts[0].kind == "integer" and all(verdict.kind != "float" for verdict in verdicts):
-            return verdicts[0], tuple(chain[1:])
-        chain.pop()
-    return oracle.ask(node, quantized_inputs=quantized, shapes=shapes), ()
+    return chain
+
+
+def _bias_edge(chain: list[ir.Node]) -> tuple[ir.Node, int] | None:
+    head = chain[0]
+    row = OPS[head.op_type]
+    if row.bias is not None and row.bias < len(head.inputs) and query.is_constant(head.inputs[row.bias]):
+        return head, row.bias
+    if head.op_type == "MatMul" and len(chain) > 1 and chain[1].op_type == "Add":
+        return chain[1], 0 if query.is_constant(chain[1].inputs[0]) else 1
+    return None
+
+
+def _ask_bare(
+    chain: list[ir.Node], edges: set[str], bias_names: set[str], oracle: Oracle
+) -> tuple[Verdict | None, bool]:
+    """The integer kernel that writes float, and whether it takes an int32 bias."""
+    if OPS[chain[0].op_type].weight is None:
+        return None, False
+    for names, with_bias in ((bias_names, True), (set[str](), False)):
+        verdict = oracle.ask_pattern(chain, edges | names)[0]
+        # MatMulIntegerToFloat leaves the Add behind it float, where a DQ of the bias would run each time.
+        if verdict.kind == "integer" and not (with_bias and verdict.kernel == "MatMulIntegerToFloat"):
+            return verdict, with_bias and bool(names)
+    return None, False
 
 
 def _only_reader(node: ir.Node, kinds: tuple[str, ...]) -> ir.Node | None:
@@ -162,15 +194,13 @@ def _only_reader(node: ir.Node, kinds: tuple[str, ...]) -> ir.Node | None:
     others = [value for value in reader.inputs if value is not output and value is not None]
     if reader.op_type not in kinds or reader.graph is not node.graph or not all(map(query.is_constant, others)):
         return None
-    if reader.op_type == "Add" and (query.dims(others[0]) is None or len(query.dims(others[0]) or ()) != 1):
+    if reader.op_type == "Add" and len(query.dims(others[0]) or ()) != 1:
         return None
     return reader
 
 
-def _can_be_bare(node: ir.Node, quantized: tuple[int, ...], oracle: Oracle, shapes: Shapes) -> bool:
-    if OPS[node.op_type].weight is None:
-        return False
-    return oracle.ask(node, quantized_inputs=quantized, output="float", shapes=shapes).kind == "integer"
+def _names(node: ir.Node, indices: Iterable[int]) -> set[str]:
+    return {str(value.name) for index in indices if (value := node.inputs[index]) is not None}
 
 
 def default_costs(atoms: Iterable[Atom], shapes: Shapes) -> Costs:
@@ -223,7 +253,7 @@ def _cut(candidates: list[Atom], costs: Costs) -> set[str]:
         _add_q(network, start, [vertex[a.name] for a in readers if a is not None], price)
         if producer is not None:
             outside = any(a is None for a in readers) or value.is_graph_output()
-            free = producer.float_output and not any(a is not None for a in readers)
+            free = producer.bare is not None and not any(a is not None for a in readers)
             _add_dq(network, start, [vertex[a.name] for a in readers if a is not None], outside, 0.0 if free else price)
     side = network.source_side()
     return {atom.name for atom in candidates if vertex[atom.name] in side}
@@ -288,7 +318,7 @@ def _plan(atoms: tuple[Atom, ...], labels: set[str], target: Target, keep_float:
     for atom in (atom for atom in atoms if atom.name in labels):
         for value in atom.inputs:
             tensors[str(value.name)] = target.activations
-        if atom.float_output and not any(id(value) in reads_codes for value in atom.outputs):
+        if atom.bare is not None and not any(id(value) in reads_codes for value in atom.outputs):
             bare.add(atom.name)
             continue
         for value in atom.outputs:
@@ -303,6 +333,10 @@ def _plan(atoms: tuple[Atom, ...], labels: set[str], target: Target, keep_float:
         ties,
         atoms,
     )
+
+
+def _kernel(atom: Atom, bare: set[str]) -> str:
+    return atom.bare.kernel if atom.bare is not None and atom.name in bare else atom.verdict.kernel
 
 
 def _reasons(atoms: tuple[Atom, ...], labels: set[str], keep_float: Mapping[str, str]) -> dict[str, str]:

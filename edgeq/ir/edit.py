@@ -38,7 +38,9 @@ class Names:
 def add_initializer(graph: ir.Graph, name: str, array: NDArray[Any] | ir.TensorProtocol) -> ir.Value:
     """Register a constant under ``name``, which must be fresh."""
     tensor = ir.tensor(array, name=name) if isinstance(array, np.ndarray | np.generic) else array
-    value = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    value = ir.Value(
+        name=name, shape=ir.Shape(tuple(tensor.shape.numpy())), type=ir.TensorType(tensor.dtype), const_value=tensor
+    )
     graph.register_initializer(value)
     return value
 
@@ -84,11 +86,23 @@ def take_over(before: ir.Value, after: ir.Value) -> None:
     after.name = name
 
 
+def remove_node(node: ir.Node) -> None:
+    """Take out a node nobody reads, with what its bodies read from outside."""
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            for inner in attribute.as_graph().all_nodes():
+                for index in range(len(inner.inputs)):
+                    inner.replace_input_with(index, None)
+    assert node.graph is not None
+    node.graph.remove(node, safe=True)
+
+
 def drop_dead(model: ir.Model) -> int:
     """Remove nodes nobody reads and initializers nobody uses. Returns how many nodes went."""
     removed = 0
-    for graph in model.graphs():
+    for graph in reversed(list(model.graphs())):  # bodies first: their readers keep outer nodes alive
         removed += _drop_dead_nodes(graph)
+    for graph in model.graphs():
         used = {value.name for value in graph.inputs} | {value.name for value in graph.outputs}
         for name in [name for name, value in graph.initializers.items() if not value.uses() and name not in used]:
             del graph.initializers[name]
@@ -99,6 +113,6 @@ def _drop_dead_nodes(graph: ir.Graph) -> int:
     removed = 0
     for node in reversed(graph):
         if not any(value.uses() or value.is_graph_output() for value in node.outputs):
-            graph.remove(node, safe=True)
+            remove_node(node)
             removed += 1
     return removed

@@ -7,7 +7,6 @@ one external file beside the model once the weights pass ``INLINE_BYTES``, since
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 
 import onnx
@@ -35,15 +34,24 @@ def read(path: str | Path) -> ir.Model:
         raise ModelError(f"{str(path)!r} holds no graph", hint="export or copy it again")
     _refuse_sparse(proto, path)
     try:
-        model = ir.from_proto(proto)
-    except (ValueError, TypeError, KeyError) as error:
-        raise ModelError(f"{str(path)!r} is not a valid ONNX model: {error}", hint="run onnx.checker on it") from error
+        model: ir.Model = ir.from_proto(proto)
+    except (ValueError, TypeError, KeyError, ir.serde.SerdeError) as error:
+        raise ModelError(
+            f"{str(path)!r} is not a valid ONNX model: {_root(error)}", hint="run onnx.checker on it"
+        ) from error
     ir.external_data.set_base_dir(model.graph, path.parent)
     for graph in model.graphs():
         for value in graph.initializers.values():
             if isinstance(value.const_value, ir.ExternalTensor):
                 _check_external(value.const_value, path)
     return model
+
+
+def _root(error: BaseException) -> BaseException:
+    """What went wrong first: onnx-ir wraps it once for each level, with the whole graph as text."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def _refuse_sparse(proto: onnx.ModelProto, path: Path) -> None:
@@ -119,7 +127,7 @@ def size_bytes(path: str | Path) -> int:
     files = {
         entry.value for tensor in proto.graph.initializer for entry in tensor.external_data if entry.key == "location"
     }
-    return path.stat().st_size + sum((path.parent / file).stat().st_size for file in files)
+    return sum(file.stat().st_size for file in (path, *(path.parent / name for name in files)))
 
 
 def digest(model: ir.Model) -> str:
@@ -155,10 +163,12 @@ def _value_text(attr: ir.Attr) -> str:
     return str(attr.value)
 
 
-def fsync_folder(path: Path) -> None:
-    """Make a rename in ``path`` survive a power cut, where the system can."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def file_digest(path: Path) -> str:
+    """sha256 of a model file and of the external data ``write`` puts beside it."""
+    hasher = hashlib.sha256()
+    for file in (path, path.with_name(path.name + ".data")):
+        if file.is_file():
+            with file.open("rb") as stream:
+                while chunk := stream.read(1 << 20):
+                    hasher.update(chunk)
+    return hasher.hexdigest()

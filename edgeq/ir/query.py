@@ -87,3 +87,9 @@ def users(value: ir.Value) -> list[ir.Node]:
 def nodes(model: ir.Model) -> Iterator[ir.Node]:
     """All nodes of the main graph and of every body in it."""
     yield from model.graph.all_nodes()
+
+
+def is_control_flow(node: ir.Node) -> bool:
+    """Whether a node holds bodies."""
+    kinds = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+    return any(isinstance(attr, ir.Attr) and attr.type in kinds for attr in node.attributes.values())

@@ -28,13 +28,18 @@ def legalize(model: ir.Model, target: Target) -> ir.Model:
 
 
 def _check_codes(node: ir.Node, target: Target) -> None:
-    codes, scale = query.constant(node.inputs[0]), query.constant(node.inputs[1])
-    if codes is None or scale is None:
+    stored, scales = node.inputs[0], node.inputs[1]
+    codes, scale = query.constant(stored), query.constant(scales)
+    if stored is None or scales is None or codes is None or scale is None:
         return
-    if codes.dtype == np.int8 and codes.size and int(np.abs(codes.astype(np.int16)).max()) > target.limits.weight_code_max:
+    largest = int(np.abs(codes.astype(np.int64)).max()) if codes.size else 0
+    if codes.dtype == np.int8 and largest > target.limits.weight_code_max:
         raise ModelError(
-            f"weight {node.inputs[0].name!r} uses codes beyond +-{target.limits.weight_code_max} "  # type: ignore[union-attr]
-            f"that target {target.name!r} multiplies without saturation",
+            f"weight {stored.name!r} uses codes up to +-{largest}, target {target.name!r} multiplies "
+            f"+-{target.limits.weight_code_max} without saturation"
         )
-    if not np.all(np.isfinite(scale)) or float(scale.min()) < target.limits.min_scale:
-        raise ModelError(f"scale {node.inputs[1].name!r} is {float(scale.min()):g}, below what {target.name!r} computes")  # type: ignore[union-attr]
+    if not np.all(np.isfinite(scale)) or float(np.abs(scale).min()) < target.limits.min_scale:
+        raise ModelError(
+            f"scale {scales.name!r} is {float(np.abs(scale).min()):g}, "
+            f"target {target.name!r} computes down to {target.limits.min_scale:g}"
+        )

@@ -42,8 +42,9 @@ def insert_qdq(model: ir.Model, plan: Plan, encodings: Encodings) -> ir.Model:
         if node not in plan.integer:
             continue  # encodings of a larger plan serve its parts
         _quantize_constant(clone.graph, heads[node], index, params, names)
+    integer_nodes = {str(node.name) for atom in plan.atoms if atom.name in plan.integer for node in atom.nodes}
     for (node, index), (codes, scales) in encodings.biases.items():
-        if node not in plan.integer:
+        if node not in integer_nodes:
             continue
         _quantize_bias(clone.graph, heads[node], index, codes, scales, names)
     edit.drop_dead(clone)

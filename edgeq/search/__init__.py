@@ -1,0 +1,1 @@
+"""Finding what to ship by measuring it (L10)."""

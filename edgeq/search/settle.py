@@ -1,0 +1,213 @@
+"""Settle what ships: build drafts, measure them, repair them, keep the best that is proven (L10).
+
+Two drafts come first: everything the runtime has integer kernels for, and the cut that this machine's own profile
+prefers. A draft that loses accuracy gets its most harmful atoms back in float, in doubling steps, until it keeps its
+promise; a draft that isn't proven faster than the best float file is given up. The float file is always a candidate,
+so the answer is never worse than what the user had.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Protocol
+
+import onnx_ir as ir
+
+from edgeq.analyse.place import Plan
+from edgeq.ir import io
+from edgeq.lower.emit import emit
+from edgeq.lower.legalize import legalize
+from edgeq.report.record import Check, Coverage
+from edgeq.run.record import Feed, Timing
+from edgeq.run.timing import Ratio, TimedConfig, compare, ratio
+from edgeq.steps import Context, Quantizer
+
+REPAIR_ROUNDS = 6
+DECIDE_SECONDS = 8.0  # a draft is chosen or dropped on this; the shipped one is measured again, longer
+
+
+class Judge(Protocol):
+    """Says how good a file is against the reference, in checks that hold their limits."""
+
+    def __call__(self, artifact: Path, /) -> Sequence[Check]: ...
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A file that could ship. ``plan`` and ``coverage`` are None for float ones."""
+
+    name: str
+    path: Path
+    model: ir.Model
+    plan: Plan | None = None
+    coverage: Coverage | None = None
+    checks: tuple[Check, ...] = ()
+    kept_float: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def accurate(self) -> bool:
+        return all(check.passed for check in self.checks)
+
+
+@dataclass(frozen=True)
+class Settled:
+    """The choice. ``trials``: what was measured of each candidate and why it ships or not, a row each."""
+
+    chosen: Draft
+    best_float: Draft
+    trials: tuple[dict[str, object], ...]
+
+
+def settle(
+    floats: Sequence[Draft],
+    quantizer: Quantizer | None,
+    judge: Judge,
+    feeds: Sequence[Feed],
+    context: Context,
+    folder: Path,
+) -> Settled:
+    """Choose among ``floats`` and what ``quantizer`` can make. ``folder`` receives the candidates' files."""
+    drafts = list(_integer_drafts(quantizer, judge, context, folder)) if quantizer is not None else []
+    accurate = [draft for draft in drafts if draft.accurate]
+    with context.recorder.step("race") as facts:
+        ratios, best_float = _race(list(floats), accurate, feeds, context)
+        facts["candidates"] = len(floats) + len(accurate)
+    proven = [draft for draft in accurate if all(r.high < 1 for r in ratios[draft.name])]
+    chosen = min(proven, key=lambda draft: _mean(ratios[draft.name]), default=best_float)
+    rows = [_row(draft, ratios.get(draft.name), chosen, best_float) for draft in (*floats, *drafts)]
+    if quantizer is not None and chosen is best_float:
+        context.recorder.warn("float-ships", _why_float(drafts, accurate))
+    return Settled(chosen, best_float, tuple(rows))
+
+
+def _integer_drafts(quantizer: Quantizer, judge: Judge, context: Context, folder: Path) -> list[Draft]:
+    first = _draft("int8 everywhere it fuses", quantizer, context, folder)
+    if first is None:
+        context.recorder.warn("nothing-to-quantize", "no node of this model has an integer kernel worth its Q/DQ")
+        return []
+    if first.plan is not None:
+        quantizer.learn_costs(first.plan, first.model)
+    drafts = [first]
+    second = _draft("int8 where this machine gains", quantizer, context, folder)
+    if second is not None and second.plan is not None and first.plan is not None:
+        if second.plan.integer.keys() == first.plan.integer.keys():
+            drafts = [second]
+        else:
+            drafts.append(second)
+    return [_repaired(draft, quantizer, judge, context, folder) for draft in drafts]
+
+
+def _draft(
+    name: str, quantizer: Quantizer, context: Context, folder: Path, extra: Mapping[str, str] | None = None
+) -> Draft | None:
+    """Plan, build, read back and write a draft; None when nothing ends up integer."""
+    with context.recorder.step("quantize") as facts:
+        plan, model, seen = quantizer.fused(extra)
+        facts.update(draft=name, integer_atoms=len(plan.integer), integer_macs_share=seen.integer_macs_share)
+        if not plan.integer:
+            return None
+        path = folder / f"{name.replace(' ', '-').replace(',', '')}.onnx"
+        emit(legalize(model, context.target), context.target, path)
+    return Draft(name, path, model, plan, seen)
+
+
+def _judged(draft: Draft, judge: Judge, context: Context) -> Draft:
+    with context.recorder.step("judge") as facts:
+        facts["draft"] = draft.name
+        return replace(draft, checks=tuple(judge(draft.path)))
+
+
+def _repaired(draft: Draft, quantizer: Quantizer, judge: Judge, context: Context, folder: Path) -> Draft:
+    """The draft itself when accurate, else one with as few atoms in float as make it so."""
+    draft = _judged(draft, judge, context)
+    if draft.accurate or draft.plan is None:
+        return draft
+    ranked = _ranked(quantizer.sensitivity(draft.plan), quantizer, draft.plan)
+    count = 1
+    for _ in range(REPAIR_ROUNDS):
+        extra = {
+            name: f"quantized alone it puts {_db(noise)} of noise on the outputs" for name, noise in ranked[:count]
+        }
+        name = f"{draft.name}, {len(extra)} most sensitive kept float"
+        tried = _draft(name, quantizer, context, folder, extra)
+        if tried is None:
+            break
+        tried = replace(_judged(tried, judge, context), kept_float=extra)
+        if tried.accurate:
+            return tried
+        if count >= len(ranked):
+            break
+        count *= 2
+    return draft
+
+
+def _ranked(noise: Mapping[str, float], quantizer: Quantizer, plan: Plan) -> list[tuple[str, float]]:
+    """Most noise for the least time gained first: what to give up first."""
+    costs = quantizer.costs
+    gain = {name: max(costs.float_ns[name] - costs.integer_ns[name], 1.0) for name in noise}
+    harmful = [(name, value) for name, value in noise.items() if value > 0 and name in plan.integer]
+    return sorted(harmful, key=lambda row: row[1] / math.sqrt(gain[row[0]]), reverse=True)
+
+
+def _db(noise: float) -> str:
+    return f"{10 * math.log10(noise):.1f} dB" if 0 < noise < math.inf else "infinite dB"
+
+
+def _race(
+    floats: list[Draft], drafts: list[Draft], feeds: Sequence[Feed], context: Context
+) -> tuple[dict[str, list[Ratio]], Draft]:
+    """Ratios to the best float file, one a thread count, and that file."""
+    configs = [
+        TimedConfig(draft.name, draft.path, config=context.target.session, provider=context.target.provider)
+        for draft in (*floats, *drafts)
+    ]
+    runs = [
+        compare(configs, feeds, threads=threads, max_seconds=DECIDE_SECONDS, seed=context.seed)
+        for threads in context.target.threads
+    ]
+    best = min(floats, key=lambda draft: math.prod(run[draft.name].median_ms for run in runs))
+    return {config.name: [ratio(run[config.name], run[best.name]) for run in runs] for config in configs}, best
+
+
+def _mean(ratios: Sequence[Ratio]) -> float:
+    """Geometric mean over thread counts."""
+    return math.prod(r.value for r in ratios) ** (1 / len(ratios))
+
+
+def _row(draft: Draft, ratios: Sequence[Ratio] | None, chosen: Draft, best_float: Draft) -> dict[str, object]:
+    if draft is chosen:
+        why = "ships"
+    elif not draft.accurate:
+        failed = [check for check in draft.checks if not check.passed]
+        why = "; ".join(f"{check.name} is {check.value:.4g}, limit {check.limit:.4g}" for check in failed)
+    elif draft.plan is None:
+        why = "the best float file" if draft is best_float else "not the fastest float file"
+    elif ratios is not None and any(r.high >= 1 for r in ratios):
+        why = "not proven faster than the best float file"
+    else:
+        why = "accurate and faster than float, but not the fastest"
+    return {
+        "name": draft.name,
+        "size_bytes": io.size_bytes(draft.path),
+        "integer_macs_share": draft.coverage.integer_macs_share if draft.coverage else 0.0,
+        "latency_ratio": [r.value for r in ratios] if ratios else [],
+        "checks": {check.name: check.value for check in draft.checks},
+        "ships": draft is chosen,
+        "why": why,
+    }
+
+
+def _why_float(drafts: Sequence[Draft], accurate: Sequence[Draft]) -> str:
+    if not drafts:
+        return "the float model ships: nothing could be quantized"
+    if not accurate:
+        return "the float model ships: no quantized draft kept the accuracy limits"
+    return "the float model ships: no quantized draft was proven faster on this machine"
+
+
+def timings_of(runs: Mapping[int, Mapping[str, Timing]]) -> dict[str, object]:
+    """Thread count -> configuration -> Timing, as plain data for a report."""
+    return {str(threads): dict(run) for threads, run in runs.items()}

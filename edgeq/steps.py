@@ -1,0 +1,202 @@
+"""What a recipe can ask for: the one place where analyses meet rewrites (L9).
+
+A float step is ``(Model, Context, *, options) -> Model``. ``quantize`` is different: it returns a Quantizer, because
+which nodes end up integer is settled by measurement later, and each plan must be cheap to build again.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import onnx_ir as ir
+
+from edgeq.analyse import encode as encoding
+from edgeq.analyse import place as placement
+from edgeq.analyse import smoothing
+from edgeq.analyse.cost import concrete_shapes
+from edgeq.analyse.coverage import coverage, unfused
+from edgeq.analyse.measure import measure
+from edgeq.analyse.observe import observe
+from edgeq.analyse.sensitivity import sensitivity
+from edgeq.analyse.stats import Stats
+from edgeq.analyse.store import Store
+from edgeq.errors import RecipeError
+from edgeq.ir import query, verify
+from edgeq.num.fit import METHODS
+from edgeq.recipe import Recipe, Step
+from edgeq.report.record import Coverage
+from edgeq.report.recorder import Recorder
+from edgeq.rewrite.canonicalize import canonicalize as canonicalize_model
+from edgeq.rewrite.qdq import insert_qdq
+from edgeq.rewrite.smooth import smooth as smooth_model
+from edgeq.run.record import Samples
+from edgeq.run.samples import take
+from edgeq.target.oracle import Oracle
+from edgeq.target.record import Target
+
+CHECK_SAMPLES = 2  # a rewrite is compared on so many samples: it is wrong everywhere or nowhere
+SENSITIVITY_SAMPLES = 8
+PROFILE_SAMPLES = 4
+FUSION_ROUNDS = 4
+
+
+@dataclass
+class Context:
+    """What steps share: the target and its oracle, calibration samples, where results go."""
+
+    target: Target
+    oracle: Oracle
+    calibration: Samples
+    recorder: Recorder
+    store: Store | None = None
+    threads: int = 2
+    seed: int = 0
+
+    def observe(self, model: ir.Model, taps: list[str]) -> dict[str, Stats]:
+        """Statistics of ``taps`` over the calibration samples, from the store where they are known."""
+        with self.recorder.step("observe", len(self.calibration)) as facts:
+            facts.update(tensors=len(taps), samples=len(self.calibration))
+            return observe(
+                model, taps, self.calibration, threads=self.threads, store=self.store,
+                progress=self.recorder.progress,
+            )  # fmt: skip
+
+
+def canonicalize(model: ir.Model, context: Context) -> ir.Model:
+    """Fold, merge and re-fuse without changing results; what would change them is rolled back and named."""
+    with context.recorder.step("canonicalize") as facts:
+        feeds = [context.calibration.read(index) for index in range(min(CHECK_SAMPLES, len(context.calibration)))]
+        before = model.graph.num_nodes()
+        result, changes = canonicalize_model(model, feeds=feeds)
+        facts.update(nodes_before=before, nodes_after=result.graph.num_nodes())
+        facts["rewrites"] = {change.rewrite: change.nodes for change in changes if not change.rolled_back}
+    for change in (change for change in changes if change.rolled_back):
+        context.recorder.warn("rolled-back", f"rewrite {change.rewrite} was undone: {change.rolled_back}")
+    return result
+
+
+def smooth(model: ir.Model, context: Context) -> ir.Model:
+    """Move outlier channels of activations into the weights of the products behind them (SmoothQuant, searched)."""
+    if not smoothing.groups(model):
+        return model
+    with context.recorder.step("smooth") as facts:
+        found = smoothing.search(model, context.calibration, context.target, threads=context.threads)
+        facts["tensors"] = len(found)
+        if found:
+            facts["gain_db"] = round(sum(s.after_db - s.before_db for s in found) / len(found), 1)
+    return smooth_model(model, found)
+
+
+class Quantizer:
+    """A float model ready to be quantized by any plan. Statistics are taken once, for every tensor a plan may want."""
+
+    def __init__(self, model: ir.Model, context: Context, ranges: str) -> None:
+        self.model, self.context, self.ranges = model, context, ranges
+        first = context.calibration.read(0)
+        self.shapes = concrete_shapes(model, first)
+        with context.recorder.step("oracle") as facts:
+            self.atoms = placement.find_atoms(model, context.target, context.oracle)
+            facts.update(atoms=len(self.atoms), probes=context.oracle.sessions)
+        self.costs = placement.default_costs(self.atoms, self.shapes)
+        self.keep_float: dict[str, str] = {}
+        self.stats: dict[str, Stats] = {}
+
+    def work(self, atom: placement.Atom) -> int:
+        """Multiply-accumulates of an atom on the first sample's shapes."""
+        return query.macs(atom.head, self.shapes.get(str(atom.head.outputs[0].name)))
+
+    def plan(self, extra: Mapping[str, str] | None = None) -> placement.Plan:
+        """The best plan at the costs known now, with ``keep_float`` and ``extra`` left float."""
+        return placement.place(
+            self.atoms, self.context.target, self.costs, keep_float={**self.keep_float, **(extra or {})}
+        )
+
+    def build(self, plan: placement.Plan) -> ir.Model:
+        """The QDQ model of a plan."""
+        missing = [name for name in encoding.observed(plan) if name not in self.stats]
+        if missing:
+            self.stats.update(self.context.observe(self.model, missing))
+        encodings = encoding.encode(plan, self.stats, self.context.target, ranges=self.ranges)
+        return insert_qdq(self.model, plan, encodings)
+
+    def fused(self, extra: Mapping[str, str] | None = None) -> tuple[placement.Plan, ir.Model, Coverage]:
+        """Plan, build and read back; what the runtime did not fuse is left float, until all that is planned runs."""
+        for _ in range(FUSION_ROUNDS):
+            plan = self.plan(extra)
+            model = self.build(plan)
+            seen = coverage(model, plan, self.shapes, self.context.target)
+            wrong = unfused(seen, plan)
+            if not wrong:
+                break
+            self.keep_float.update(wrong)
+        verify.verify(model, "inserting Q/DQ")
+        return plan, model, seen
+
+    def learn_costs(self, plan: placement.Plan, integer_model: ir.Model) -> None:
+        """Replace the default costs by profiles of this machine."""
+        feeds = list(take(self.context.calibration, PROFILE_SAMPLES))
+        with self.context.recorder.step("profile"):
+            self.costs = measure(self.model, integer_model, plan, feeds, self.shapes, self.context.target)
+
+    def sensitivity(self, plan: placement.Plan) -> dict[str, float]:
+        """Noise-to-signal of the outputs by atom of ``plan``."""
+        atoms = [atom for atom in plan.atoms if atom.name in plan.integer and atom.verdict.kind == "integer"]
+        feeds = take(self.context.calibration, SENSITIVITY_SAMPLES)
+        with self.context.recorder.step("sensitivity", len(atoms)) as facts:
+            facts["atoms"] = len(atoms)
+            return sensitivity(
+                self.model, plan, self.build, feeds, self.context.target, threads=self.context.threads,
+                done=self.context.recorder.progress.advance,
+            )  # fmt: skip
+
+
+def quantize(model: ir.Model, context: Context, *, ranges: str = "auto") -> Quantizer:
+    """Integer weights and activations where the target has kernels. ``ranges``: auto or a name of ``METHODS``."""
+    if ranges != "auto" and ranges not in METHODS:
+        raise RecipeError(f"quantize(ranges={ranges}) is not a method", hint="use auto, " + ", ".join(METHODS))
+    return Quantizer(model, context, ranges)
+
+
+StepFunction = Callable[..., Any]
+STEPS: dict[str, StepFunction] = {"canonicalize": canonicalize, "smooth": smooth, "quantize": quantize}
+
+
+def options_of(function: StepFunction) -> frozenset[str]:
+    """A step's keyword-only parameters are its options."""
+    parameters = inspect.signature(function).parameters.values()
+    return frozenset(p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY)
+
+
+KNOWN = {name: options_of(function) for name, function in STEPS.items()}
+
+
+@dataclass
+class Prepared:
+    """The float model after its steps, and the Quantizer when the recipe asks for one."""
+
+    model: ir.Model
+    quantizer: Quantizer | None = None
+    intermediates: list[tuple[str, ir.Model]] = field(default_factory=list)
+
+
+def apply(recipe: Recipe, model: ir.Model, context: Context) -> Prepared:
+    """Run the steps in order. ``quantize`` must come last. Raises RecipeError otherwise."""
+    prepared = Prepared(model)
+    for step in recipe.steps:
+        if prepared.quantizer is not None:
+            raise RecipeError(f"step {step.name!r} stands behind quantize", hint="put quantize last")
+        result = _run(step, prepared.model, context)
+        if isinstance(result, Quantizer):
+            prepared.quantizer = result
+        else:
+            verify.verify(result, step.name)
+            prepared.model = result
+            prepared.intermediates.append((step.name, result))
+    return prepared
+
+
+def _run(step: Step, model: ir.Model, context: Context) -> Any:
+    return STEPS[step.name](model, context, **step.options)
