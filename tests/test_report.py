@@ -33,7 +33,7 @@ def _timing(median: float) -> dict[str, Any]:
 
 ISLANDS = (Island(f"/small{NASTY}", "Gelu", "no kernel", 1), Island("/big", "Conv", "noisy", 9))
 FULL = Report(
-    source={"name": "net.onnx", "size_bytes": 4 << 20},
+    source={"origin": "models/net.onnx", "weight_bytes": 4 << 20},
     target={"name": "cpu-x64-vnni", "provider": "CPUExecutionProvider", "isa": ["avx2"], "session": {}},
     recipe="balanced",
     artifact=Artifact("net.edgeq/model.onnx", "cpu-x64-vnni", {"x": "f32[1,3]"}, {"y": "f32[1,2]"}, 1 << 20, "ab"),
@@ -48,7 +48,10 @@ FULL = Report(
     samples={"calibration": {"origin": "random", "synthetic": True}},
     latency={"reference": {"2": _timing(14.0), "1": _timing(24.0)}, "artifact": {"1": _timing(12.0)}},
     layers=({"name": f"t{NASTY}", "op": "Conv", "snr_db": 31.5}, {"name": "u", "op": "Relu", "snr_db": math.inf}),
-    candidates=({"name": "all-integer", "reason": "top1_drop 1.3 over 0.5"},),
+    candidates=(
+        {"name": "all-integer", "why": "top1_drop 1.3 over 0.5", "ships": False, "integer_macs_share": 1.0},
+        {"name": "float as given", "why": "the best float file", "ships": False, "integer_macs_share": 0.0},
+    ),
 )
 
 words = st.text(max_size=12).filter(lambda word: word not in codec.NOT_FINITE)
@@ -186,6 +189,7 @@ def test_text_tells_it_all() -> None:
         "ships net.edgeq/model.onnx (1 MiB): FAILED latency_ms 12, limit ≤ 8",
     ):
         assert expected in shown
+    assert "given up  float" not in shown
     assert shown.index("/big") < shown.index("/small")  # islands by work
     assert re.search(r"✗\s+latency_ms\s+12 ms", shown)
     assert re.search(r"✓\s+top1_drop\s+0.2 points", shown)
@@ -194,7 +198,7 @@ def test_text_tells_it_all() -> None:
 
 
 def test_text_of_an_empty_report_and_of_real_data() -> None:
-    assert _terminal(Report({}, {}, "")).split("\n")[:2] == ["model", "nothing ships: nothing was checked"]
+    assert _terminal(Report({}, {}, "")).split("\n")[:2] == ["model", "nothing was packaged: nothing was checked"]
     real = replace(FULL, samples={"calibration": {"origin": "photos", "synthetic": False}})
     assert "SYNTHETIC" not in _terminal(real)
     assert "SYNTHETIC" not in html.render(replace(real, latency={}, layers=()))
@@ -202,7 +206,9 @@ def test_text_of_an_empty_report_and_of_real_data() -> None:
 
 def test_names_are_no_markup_in_a_terminal() -> None:
     check = Check("a", 1.0, note="[red]not colour[/red]")
-    assert "[red]not colour[/red]" in _terminal(Report({"name": "[bold]x"}, {}, "", checks=(check,)))
+    shown = _terminal(Report({"origin": ["a/[bold]x", "y"]}, {}, "", checks=(check,)))
+    assert "[red]not colour[/red]" in shown
+    assert shown.startswith("[bold]x, y\n")
 
 
 def test_only_limits_that_were_set_are_claimed() -> None:

@@ -42,12 +42,18 @@ class Golden:
     outputs: tuple[Feed, ...]
     tolerances: Mapping[str, float]
 
+    @property
+    def compared(self) -> dict[str, float]:
+        """The tolerances of outputs that are numbers; text has no distance and isn't compared."""
+        first = self.outputs[0] if self.outputs else {}
+        return {name: tolerance for name, tolerance in self.tolerances.items() if first[name].dtype.kind in "fiub"}
+
     def arrays(self) -> dict[str, Array]:
-        """Keys and arrays of ``golden.npz``: ``0/input/x``, ``0/output/y``, … Outputs without a tolerance stay out."""
+        """Keys and arrays of ``golden.npz``: ``0/input/x``, ``0/output/y``, … Outputs that aren't compared stay out."""
         found: dict[str, Array] = {}
         for index, (feed, results) in enumerate(zip(self.inputs, self.outputs, strict=True)):
             found |= {f"{index}/input/{name}": _storable(array) for name, array in feed.items()}
-            found |= {f"{index}/output/{name}": results[name] for name in self.tolerances}
+            found |= {f"{index}/output/{name}": results[name] for name in self.compared}
         return found
 
 
@@ -97,7 +103,7 @@ def manifest(package: Package, folder: Path) -> dict[str, Any]:
         "session": dict(target.get("session", {})),
         "inputs": [_signature(value) for value in model.graph.inputs if value.name not in model.graph.initializers],
         "outputs": [_signature(value) for value in model.graph.outputs],
-        "golden": {"count": len(package.golden.inputs), "tolerances": dict(package.golden.tolerances)},
+        "golden": {"count": len(package.golden.inputs), "tolerances": package.golden.compared},
         "preprocessing": "preprocessing.json",
         "labels": list(package.labels),
         "licence": {"model": package.metadata.get("licence", "not stated"), "load.py": "Apache-2.0"},

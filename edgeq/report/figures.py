@@ -15,7 +15,7 @@ from edgeq.report.record import Report
 
 Figure = dict[str, Any]
 INTEGER, MOVER, FLOAT = "#2f81f7", "#9aa5b1", "#d2691e"
-COLOURS = (INTEGER, FLOAT, "#3fa66b", "#a371f7", "#c4a000", MOVER)
+COLOURS = (FLOAT, "#3fa66b", "#a371f7", "#c4a000", MOVER)
 NO_DISTORTION_DB = 100.0  # a tensor that loses nothing has an infinite ratio: drawn at the top of the scale
 
 
@@ -59,7 +59,8 @@ def latency(report: Report) -> Figure | None:
     found = rows.latency_rows(report)
     if not found:
         return None
-    colours = dict(zip(report.latency, COLOURS * len(found), strict=False))
+    others = (name for name in report.latency if name != "artifact")
+    colours = {"artifact": INTEGER, **dict(zip(others, COLOURS * len(found), strict=False))}
     boxes = [
         {
             "type": "box",
@@ -103,7 +104,7 @@ def coverage(report: Report) -> Figure | None:
 
 
 def layers(report: Report) -> Figure | None:
-    """A bar a tensor in graph order, dB; the name, op and reason on hover. Lossless tensors stand at 100 dB."""
+    """A bar a tensor in graph order, dB; the name, op and format on hover. Lossless tensors stand at 100 dB."""
     measured = (row for row in report.layers if isinstance(row.get("snr_db"), int | float))
     found = [row for row in measured if not math.isnan(row["snr_db"])]
     if not found:
@@ -114,13 +115,13 @@ def layers(report: Report) -> Figure | None:
         "y": [max(-NO_DISTORTION_DB, min(row["snr_db"], NO_DISTORTION_DB)) for row in found],
         "hovertext": [_layer_words(row) for row in found],
         "hovertemplate": "%{hovertext}<extra></extra>",
-        "marker": {"color": [FLOAT if row.get("reason") else INTEGER for row in found], "line": {"width": 0}},
+        "marker": {"color": INTEGER, "line": {"width": 0}},
     }
     layout = _layout(320, "tensor, in graph order (drag to zoom)", yaxis={"title": {"text": "dB"}})
     return {"data": [bars], "layout": layout}
 
 
 def _layer_words(row: dict[str, Any]) -> str:
-    words = [str(row.get(key) or "") for key in ("name", "op", "reason")]
+    words = [str(row.get(key) or "") for key in ("name", "op", "format")]
     words.insert(2, f"{rows.number(row['snr_db'])} dB")
     return "<br>".join(escape(word) for word in words if word)

@@ -92,7 +92,7 @@ def _tables(report: Report) -> Iterable[str]:
         yield _section("Unexplained Q/DQ", [{"node": node} for node in report.coverage.unexplained])
         yield _section("Kernels", [{"kernel": name, "nodes": count} for name, count in report.coverage.kernels.items()])
     yield _section("Quantized tensors", report.layers)
-    yield _section("Measured and not shipped", report.candidates)
+    yield _section("Candidates", report.candidates)
     steps = [{"step": s.name, "seconds": s.seconds, "facts": s.facts, "notes": list(s.notes)} for s in report.steps]
     yield _section("Steps", steps)
     for heading, facts in (

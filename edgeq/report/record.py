@@ -105,8 +105,8 @@ class Report:
     environment: dict[str, Any] = field(default_factory=dict)
     samples: dict[str, Any] = field(default_factory=dict)
     latency: dict[str, Any] = field(default_factory=dict)  # "reference"/"artifact"/… -> Timing as a dict, per threads
-    layers: tuple[dict[str, Any], ...] = ()  # name, op, snr_db, reason: a row a quantised tensor
-    candidates: tuple[dict[str, Any], ...] = ()  # what was measured and not shipped, and why
+    layers: tuple[dict[str, Any], ...] = ()  # name, op, snr_db, format: a row a quantised tensor
+    candidates: tuple[dict[str, Any], ...] = ()  # what was measured: name, ships, why, …
     schema: int = SCHEMA
 
     @property

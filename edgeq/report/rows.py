@@ -1,7 +1,9 @@
 """What every view of a report shows, as plain rows and sentences: the text and the page differ in looks only (L0).
 
 ``Report.latency`` maps a configuration ("reference", "artifact", …) to thread counts to a Timing as a dict:
-``{"artifact": {"2": {"median_ms": 3.1, "p90_ms": 3.3, "p99_ms": 4.0, "laps_ms": […], …}}}``.
+``{"artifact": {"2": {"median_ms": 3.1, "p90_ms": 3.3, "p99_ms": 4.0, "laps_ms": […], …}}}``. A row of ``candidates``
+has a ``name``, whether it ``ships``, ``why`` and its ``integer_macs_share``; one of ``layers`` a ``name``, ``op`` and
+``snr_db``.
 """
 
 from __future__ import annotations
@@ -9,12 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from edgeq.report.record import Check, Island, Report
 
 MIB = 1024.0 * 1024.0
-SYNTHETIC = "SYNTHETIC DATA: accuracy was measured on random inputs and says nothing about real use."
+SYNTHETIC = "SYNTHETIC DATA: the inputs are random numbers; accuracy on them says nothing about real use."
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,8 @@ def _marked_synthetic(tree: Any) -> Iterator[bool]:
 
 def title(report: Report) -> str:
     """``model.onnx → cpu-x64-vnni · balanced``, as far as it is known."""
-    source = str(report.source.get("name") or report.source.get("path") or "model")
+    origin = report.source.get("origin", "model")
+    source = ", ".join(Path(name).name for name in (origin if isinstance(origin, list | tuple) else [str(origin)]))
     target = str(report.target.get("name", ""))
     return " → ".join(word for word in (source, target) if word) + (f" · {report.recipe}" if report.recipe else "")
 
@@ -114,19 +118,17 @@ def coverage_line(report: Report) -> str:
 
 
 def sizes(report: Report) -> list[tuple[str, int]]:
-    """(name, bytes) of the source and of what ships, where known."""
-    rows = [("source", report.source.get("size_bytes"))]
-    rows.append(("artifact", report.artifact.size_bytes if report.artifact else None))
-    return [(name, int(size)) for name, size in rows if size]
+    """(name, bytes) of the source's weights and of what ships, where known."""
+    shipped = report.artifact.size_bytes if report.artifact else None
+    return [
+        (name, size) for name, size in (("source", report.source.get("weight_bytes")), ("artifact", shipped)) if size
+    ]
 
 
 def given_up(report: Report) -> list[str]:
-    """``name: reason`` of each candidate that was measured and not shipped."""
-    return [
-        f"{row.get('name', 'candidate')}: {row.get('reason', 'not the best')}"
-        for row in report.candidates
-        if not row.get("shipped")
-    ]
+    """``name: why`` of each integer candidate that was measured and not shipped."""
+    lost = [row for row in report.candidates if not row.get("ships") and row.get("integer_macs_share", 1.0) > 0]
+    return [f"{row.get('name', 'candidate')}: {row.get('why', 'not the best')}" for row in lost]
 
 
 def verdict(report: Report) -> str:
@@ -144,7 +146,7 @@ def verdict(report: Report) -> str:
 
 def _shipped(report: Report) -> str:
     if report.artifact is None:
-        return "nothing ships"
+        return "nothing was packaged"
     integer = report.coverage is None or report.coverage.integer_nodes > 0
     what = "" if integer else "the float model, "
     return f"ships {what}{report.artifact.path} ({quantity(report.artifact.size_bytes, 'bytes')})"
