@@ -12,17 +12,18 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import ml_dtypes
 import numpy as np
-import onnx_ir
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 
 from edgeq.errors import ModelError, RuntimeUnavailableError, SampleError, UsageError
-from edgeq.ir import io
 from edgeq.run.record import Array, Feed, Timing
+
+if TYPE_CHECKING:  # onnx_ir takes half a second to import, which a measuring process never needs
+    import onnx_ir
 
 Level = Literal["all", "extended", "basic", "none"]
 
@@ -90,8 +91,10 @@ def open_session(
     if profile_prefix is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile_prefix)
-    if not isinstance(model, onnx_ir.Model):
+    if isinstance(model, Path | bytes):
         return _load(model, options, provider)
+    from edgeq.ir import io
+
     if io.weight_bytes(model) <= io.INLINE_BYTES:
         return _load(io.to_bytes(model), options, provider)
     with tempfile.TemporaryDirectory(prefix="edgeq-", ignore_cleanup_errors=True) as folder:
@@ -140,20 +143,22 @@ def first_line(error: BaseException) -> str:
 
 def input_specs(model: onnxruntime.InferenceSession | onnx_ir.Model) -> tuple[TensorSpec, ...]:
     """The inputs a caller must feed, in order; initializers listed as inputs are left out."""
-    if isinstance(model, onnx_ir.Model):
-        weights = model.graph.initializers
-        return tuple(_value_spec(value) for value in model.graph.inputs if value.name not in weights)
-    return tuple(_node_arg_spec(arg) for arg in model.get_inputs())
+    if isinstance(model, onnxruntime.InferenceSession):
+        return tuple(_node_arg_spec(arg) for arg in model.get_inputs())
+    weights = model.graph.initializers
+    return tuple(_value_spec(value) for value in model.graph.inputs if value.name not in weights)
 
 
 def output_specs(model: onnxruntime.InferenceSession | onnx_ir.Model) -> tuple[TensorSpec, ...]:
     """The outputs a run returns, in order."""
-    if isinstance(model, onnx_ir.Model):
-        return tuple(_value_spec(value) for value in model.graph.outputs)
-    return tuple(_node_arg_spec(arg) for arg in model.get_outputs())
+    if isinstance(model, onnxruntime.InferenceSession):
+        return tuple(_node_arg_spec(arg) for arg in model.get_outputs())
+    return tuple(_value_spec(value) for value in model.graph.outputs)
 
 
 def _value_spec(value: onnx_ir.Value) -> TensorSpec:
+    import onnx_ir
+
     if value.dtype is None or value.dtype == onnx_ir.DataType.STRING:
         raise ModelError(f"{value.name!r} has type {value.dtype}, expected a tensor of numbers")
     dims = () if value.shape is None else value.shape.dims

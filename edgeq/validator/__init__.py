@@ -23,7 +23,7 @@ from edgeq.run.samples import take
 from edgeq.run.timing import TimedConfig
 from edgeq.validator.judge import Judge, accuracy
 from edgeq.validator.limits import Limits
-from edgeq.validator.speed import Latency, latency, size
+from edgeq.validator.speed import SIZE_CHECKS, SPEED_CHECKS, Latency, latency, size
 
 __all__ = ["METRICS", "Judge", "Latency", "Limits", "Validation", "accuracy", "latency", "size", "validate"]
 
@@ -72,6 +72,7 @@ def validate(
             reference, samples, metric=metric, limits=limits, threads=max(threads), provider=provider, config=config
         )
         accurate = judge(artifact)
+        _refuse_unknown(limits, [*(check.name for check in accurate), *SPEED_CHECKS, *SIZE_CHECKS])
         fast = latency(
             [TimedConfig("float", reference, config=config, provider=provider), *floats],
             TimedConfig("artifact", artifact, config=config, provider=provider),
@@ -82,8 +83,10 @@ def validate(
             seed=seed,
         )
         checks = (*accurate, *fast.checks, *size(reference, artifact, limits))
-    names = [check.name for check in checks]
-    for name in limits:
-        if name not in names:
-            raise UsageError(f"limit on {name!r}, which isn't measured here", hint=did_you_mean(name, names))
     return Validation(checks, fast.timings)
+
+
+def _refuse_unknown(limits: Limits, measured: list[str]) -> None:
+    for name in limits:
+        if name not in measured:
+            raise UsageError(f"limit on {name!r}, which isn't measured here", hint=did_you_mean(name, measured))

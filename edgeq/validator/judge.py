@@ -58,6 +58,7 @@ class Judge:
         config: Mapping[str, str] | None = None,
     ) -> None:
         self.samples = samples
+        self._metric = metric
         self._settings: dict[str, Any] = {"threads": threads, "provider": provider, "config": config}
         self._session = open_session(reference, **self._settings)
         self._outputs = [spec.name for spec in output_specs(self._session)]
@@ -66,7 +67,6 @@ class Judge:
         first = self._expected(0, samples.read(0))
         self._class_output = next((name for name in self._outputs if self._class_like(name, first[name])), None)
         self._comparisons = {name: self._compared_by(name, first[name]) for name in self._outputs}
-        self._metric = metric
         self._score = self._resolve(metric)
         self._limits = self._accuracy_limits(limits or {})
 

@@ -48,20 +48,20 @@ class Scores:
     def value(self) -> Interval:
         if self._values:
             return interval_mean(self._values)
-        return _jackknife(self._of_all, len(self._corpus))
+        return jackknife(self._of_all, len(self._corpus))
 
     def drop_to(self, other: Scores) -> Interval:
         """This score minus the other's, paired by sample."""
         if self._values:
             return interval_paired_difference(self._values, other._values)
-        return _jackknife(lambda kept: self._of_all(kept) - other._of_all(kept), len(self._corpus))
+        return jackknife(lambda kept: self._of_all(kept) - other._of_all(kept), len(self._corpus))
 
     def _of_all(self, kept: list[int]) -> float:
         assert self._score is not None and self._score.corpus is not None
         return float(self._score.corpus([self._corpus[i] for i in kept], [self._labels[i] for i in kept]))
 
 
-def _jackknife(statistic: Callable[[list[int]], float], count: int) -> Interval:
+def jackknife(statistic: Callable[[list[int]], float], count: int) -> Interval:
     """Delete-a-group jackknife (Tukey 1958): a statistic of ``count`` samples and how it varies without each group."""
     value = statistic(list(range(count)))
     if count < 2 * GROUPS:

@@ -13,6 +13,10 @@ from edgeq.run.record import Feed, Timing
 from edgeq.run.timing import TimedConfig, compare, measure_memory, ratio, with_footprint
 from edgeq.validator.limits import Limits, held
 
+SPEED_CHECKS = ("latency_ratio", "latency_ms", "peak_memory_bytes", "load_ms", "first_run_ms")
+SIZE_CHECKS = ("size_bytes", "size_ratio")
+FOOTPRINTS = 3  # processes a footprint is taken from
+
 
 @dataclass(frozen=True)
 class Latency:
@@ -31,8 +35,11 @@ def latency(
     limits: Limits | None = None,
     max_seconds: float = 20.0,
     seed: int = 0,
+    footprints: int = FOOTPRINTS,
 ) -> Latency:
     """``artifact`` against the fastest of ``floats`` at each thread count, interleaved; footprints at the first count.
+
+    ``footprints`` is how many processes measure each footprint.
 
     Checks are ``latency_ratio``, ``latency_ms`` at the first thread count and the same with ``_2t`` … at others. A
     limit of the user's holds for the value; without one, an artefact whose ratio may be 1 or less passes: two runs of
@@ -46,7 +53,9 @@ def latency(
         best = min(floats, key=lambda config: run[config.name].median_ms)
         if count == threads[0]:
             for config in (artifact, best):
-                run[config.name] = with_footprint(run[config.name], measure_memory(config, feeds[0], threads=count))
+                run[config.name] = with_footprint(
+                    run[config.name], measure_memory(config, feeds[0], threads=count, repeats=footprints)
+                )
             checks += _footprint_checks(run[artifact.name], run[best.name], limits)
         timings["reference"][count] = run[best.name]
         for name, timing in run.items():
