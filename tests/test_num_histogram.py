@@ -6,7 +6,7 @@ import io
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -28,6 +28,7 @@ def same(a: Histogram, b: Histogram) -> bool:
 
 
 @given(BATCHES)
+@settings(max_examples=50)
 def test_the_order_of_batches_does_not_matter(batches: list[np.ndarray]) -> None:
     values = np.concatenate(batches)
     assert same(filled(*batches), filled(values))
@@ -35,6 +36,7 @@ def test_the_order_of_batches_does_not_matter(batches: list[np.ndarray]) -> None
 
 
 @given(BATCHES, BATCHES)
+@settings(max_examples=50)
 def test_merging_counts_what_both_counted(a: list[np.ndarray], b: list[np.ndarray]) -> None:
     merged = filled(*a)
     merged.merge(filled(*b))

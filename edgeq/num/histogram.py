@@ -46,8 +46,8 @@ class Histogram:
         return (self.first + np.arange(self.counts.size, dtype=np.float64) + 0.5) * self.width
 
     def add(self, x: NDArray[np.floating], weight: float = 1.0) -> None:
-        """Count every value of ``x``, any shape, f16, f32 or f64, ``weight`` times (a stride, when ``x`` is every
-        so-manieth value of a tensor). ValueError on NaN or infinity: filter them first."""
+        """Count every value of ``x``, any shape, f16, f32 or f64; ``weight`` times each: n, when ``x``
+        is every n-th value of a tensor. ValueError on NaN or infinity: filter them first."""
         if x.size == 0:
             return
         values = x.reshape(-1)

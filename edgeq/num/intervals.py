@@ -1,8 +1,8 @@
-"""How sure a measured value is: confidence intervals of means, of paired differences and of latency ratios (L1).
+"""How sure a measured value is: confidence intervals of means and of paired differences (L1).
 
-Closed forms where they cover well at any size (Wilson for shares, Bonett and Price for paired shares, Student for
-other means) instead of resampling everything: they are deterministic and exact about small samples, where a percentile
-bootstrap is too narrow. Laps drift together with temperature and clock, so their ratio is resampled in blocks.
+Closed forms that cover well at any size (Wilson for shares, Bonett and Price for paired shares, Student for other
+means) instead of a bootstrap: they are deterministic, and honest about few samples, where its percentiles are too
+close together. Latency ratios have their own in ``run.timing``, which knows how laps take turns.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from numpy.typing import ArrayLike, NDArray
 
 F64 = NDArray[np.float64]
 
-_RESAMPLES = 2000  # ends of a 95 % interval then vary by less than a tenth of its width between seeds
 _FEWEST_FOR_STUDENT = 3  # the quantile's expansion is right to 1 % from two degrees of freedom on, to 11 % at one
 
 
@@ -52,27 +51,6 @@ def interval_paired_difference(a: ArrayLike, b: ArrayLike, level: float = 0.95) 
     middle = p_lost - p_won
     half = _z(level) * math.sqrt((p_lost + p_won - middle**2) / (n + 2))
     return Interval(value, max(min(middle - half, value), -1.0), min(max(middle + half, value), 1.0))
-
-
-def interval_ratio(laps_a: ArrayLike, laps_b: ArrayLike, level: float = 0.95, seed: int = 0) -> Interval:
-    """``median(a) / median(b)`` of interleaved laps [n] each: lap i of both ran one after the other.
-
-    Percentile interval of a circular block bootstrap: pairs of laps stay together and so do ``2 n**(1/3)`` neighbours.
-    ValueError when the numbers of laps differ or a lap isn't positive and finite."""
-    a, b = _one_axis(laps_a), _one_axis(laps_b)
-    if a.size != b.size:
-        raise ValueError(f"{a.size} laps can't be paired with {b.size}")
-    if not (np.isfinite([a, b]).all() and min(a.min(), b.min()) > 0):
-        raise ValueError("laps have to be positive and finite")
-    value = float(np.median(a) / np.median(b))
-    if a.size < 2:
-        return Interval(value, None, None)
-    block = min(a.size, math.ceil(2 * a.size ** (1 / 3)))
-    starts = np.random.default_rng(seed).integers(a.size, size=(_RESAMPLES, -(-a.size // block)))
-    laps = ((starts[:, :, None] + np.arange(block)) % a.size).reshape(_RESAMPLES, -1)[:, : a.size]
-    ratios = np.median(a[laps], axis=1) / np.median(b[laps], axis=1)
-    low, high = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(value, float(low), float(high))
 
 
 def _one_axis(values: ArrayLike) -> F64:

@@ -16,24 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from edgeq.errors import ModelError, SampleError, UsageError, did_you_mean
-from edgeq.num.intervals import Interval, interval_mean, interval_paired_difference, interval_ratio
-
-__all__ = [
-    "METRICS",
-    "Interval",
-    "Metric",
-    "agreement_top1",
-    "cosine",
-    "exact_match",
-    "interval_mean",
-    "interval_paired_difference",
-    "interval_ratio",
-    "max_abs",
-    "measure",
-    "metric",
-    "snr_db",
-    "top1",
-]
+from edgeq.num.intervals import Interval, interval_mean
 
 F64 = NDArray[np.float64]
 Array = NDArray[Any]
