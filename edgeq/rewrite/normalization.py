@@ -1,0 +1,260 @@
+"""Give LayerNormalization and Softmax, written out as reductions and arithmetic, their names back (L6).
+
+Written out they are five to fifteen tensors that would each be quantized; named, they are one float kernel with float32
+sums inside. Casts to a wider float around the sums are looked through: the named op sums in float32 itself. So are the
+reshapes by which JAX gives a reduced axis back, and its variance ``max(0, E[x^2] - E[x]^2)``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from edgeq.ir import query
+from edgeq.rewrite.match import Edit, axes, close, each, operands, producer, product, rank, read_once, reader, scalar
+
+LAYER_NORM_OPSET, SOFTMAX_OPSET = 17, 13
+
+
+@dataclass(frozen=True)
+class Core:
+    """``(x - mean) / sqrt(variance + epsilon)`` over the last ``count`` axes of x, times ``gamma`` where that stands
+    inside."""
+
+    x: ir.Value
+    count: int
+    epsilon: float
+    gamma: ir.Value | None
+
+
+def _uncast(value: ir.Value | None) -> ir.Value | None:
+    """The value behind Casts between float types."""
+    while (node := producer(value, "Cast")) is not None and query.is_float(node.inputs[0]) and query.is_float(value):
+        value = node.inputs[0]
+    return value
+
+
+def _core(node: ir.Node) -> Core | None:
+    """Match the quotient: ``d / sqrt(v)``, ``d * reciprocal(sqrt(v))`` or ``d * v^-0.5``."""
+    for centred, total, gamma in _quotients(node):
+        difference, added = producer(_uncast(centred), "Sub"), producer(_uncast(total), "Add")
+        pair = None if added is None else operands(added)
+        epsilon = scalar(pair[1]) if pair is not None else None
+        x = None if difference is None else difference.inputs[0]
+        if difference is None or pair is None or epsilon is None or x is None:
+            continue
+        count = _mean_axes(_restored(_uncast(difference.inputs[1])), x)
+        if count and _is_variance(_restored(_uncast(pair[0])), difference, x, count):
+            return Core(x, count, epsilon, gamma)
+    return None
+
+
+def _quotients(node: ir.Node) -> list[tuple[ir.Value, ir.Value, ir.Value | None]]:
+    """(numerator, squared denominator, constant factor of the denominator's inverse) that the node may divide."""
+    a, b = node.inputs[0], node.inputs[1]
+    if a is None or b is None:
+        return []
+    if node.op_type == "Div":
+        root = producer(_uncast(b), "Sqrt")
+        return [] if root is None or root.inputs[0] is None else [(a, root.inputs[0], None)]
+    found = []
+    for numerator, factor in ((a, b), (b, a)):
+        scaled = producer(factor, "Mul")
+        pair = operands(scaled) if scaled is not None and read_once(factor) else None
+        inverse, gamma = (factor, None) if pair is None else pair
+        if (square := _inverse_root(producer(_uncast(inverse), "Reciprocal", "Pow"))) is not None:
+            found.append((numerator, square, gamma))
+    return found
+
+
+def _inverse_root(node: ir.Node | None) -> ir.Value | None:
+    """The v of ``1 / sqrt(v)``."""
+    if node is None:
+        return None
+    if node.op_type == "Pow":
+        return node.inputs[0] if close(scalar(node.inputs[1]), -0.5) else None
+    root = producer(node.inputs[0], "Sqrt")
+    return None if root is None else root.inputs[0]
+
+
+def _restored(value: ir.Value | None) -> ir.Value | None:
+    """The value behind a Reshape or Unsqueeze that only gives it a last axis of one."""
+    node = producer(value, "Reshape", "Unsqueeze")
+    before, after = (query.dims(node.inputs[0]), query.dims(value)) if node is not None else (None, None)
+    if node is None or before is None or after is None or len(after) != len(before) + 1 or after[-1] != 1:
+        return value
+    unequal = [a for a, b in zip(before, after, strict=False) if a is None or a != b]
+    return node.inputs[0] if unequal in ([], [None]) else value
+
+
+def _mean_axes(value: ir.Value | None, x: ir.Value) -> int:
+    """How many last axes of x the value is the mean over; 0 when it is none. Axes that don't stay are one at most."""
+    node = producer(value, "ReduceMean", "Mul", "Div")
+    if node is not None and node.op_type != "ReduceMean":
+        factors, constant = product(node.outputs[0])
+        node = producer(factors[0], "ReduceSum") if len(factors) == 1 else None
+        size = (query.dims(x) or (None,))[-1]
+        if not size or not close(constant, 1 / size):
+            return 0
+    if node is None or _uncast(node.inputs[0]) is not _uncast(x):
+        return 0
+    over, count = axes(node), rank(x)
+    if over is None or count is None or sorted(axis % count for axis in over) != list(range(count - len(over), count)):
+        return 0
+    single = len(over) == 1
+    return len(over) if single or (query.attribute(node, "keepdims", 1) and node.op_type == "ReduceMean") else 0
+
+
+def _is_variance(value: ir.Value | None, difference: ir.Node, x: ir.Value, count: int) -> bool:
+    """``E[d^2]`` of this difference, or ``E[x^2] - E[x]^2`` with or without a max with 0."""
+    clamped = producer(value, "Max", "Relu")
+    if clamped is not None:
+        pair = operands(clamped) if clamped.op_type == "Max" else None
+        value = clamped.inputs[0] if pair is None else pair[0]
+        if pair is not None and scalar(pair[1]) != 0:
+            return False
+    gap = producer(value, "Sub")
+    if gap is None:
+        squares = _averaged(value)
+        return squares is not None and _is_square(squares, difference) and _mean_axes(value, squares) == count
+    squares, mean = _averaged(gap.inputs[0]), _squared(gap.inputs[1])
+    if squares is None or mean is None or _mean_axes(mean, x) != count:
+        return False
+    return _uncast(_squared(squares)) is _uncast(x) and _mean_axes(gap.inputs[0], squares) == count
+
+
+def _averaged(value: ir.Value | None) -> ir.Value | None:
+    """What a mean is taken of."""
+    node = producer(value, "ReduceMean", "Mul", "Div")
+    if value is not None and node is not None and node.op_type != "ReduceMean":
+        factors, _ = product(value)
+        node = producer(factors[0], "ReduceSum") if len(factors) == 1 else None
+    return None if node is None else _uncast(node.inputs[0])
+
+
+def _squared(value: ir.Value | None) -> ir.Value | None:
+    """The x of ``x * x`` or ``x ^ 2``."""
+    node = producer(_uncast(value), "Pow", "Mul")
+    if node is None:
+        return None
+    same = close(scalar(node.inputs[1]), 2.0) if node.op_type == "Pow" else node.inputs[0] is node.inputs[1]
+    return node.inputs[0] if same else None
+
+
+def _is_square(value: ir.Value | None, difference: ir.Node) -> bool:
+    """``d^2`` of this difference or of one with the same operands."""
+    node = producer(_uncast(value), "Pow", "Mul")
+    if node is None:
+        return False
+    if node.op_type == "Pow":
+        return close(scalar(node.inputs[1]), 2.0) and _same_difference(node.inputs[0], difference)
+    return all(_same_difference(factor, difference) for factor in node.inputs)
+
+
+def _same_difference(value: ir.Value | None, difference: ir.Node) -> bool:
+    node = producer(_uncast(value), "Sub")
+    return node is difference or (
+        node is not None and [_uncast(a) for a in node.inputs] == [_uncast(b) for b in difference.inputs]
+    )
+
+
+def _name_layer_norm(node: ir.Node, edit: Edit) -> bool:
+    """The quotient with the Mul and Add of constants behind it -> LayerNormalization."""
+    core = _core(node) if edit.opset >= LAYER_NORM_OPSET else None
+    if core is None or core.x.dtype is None or node.graph is None or node.outputs[0].dtype != core.x.dtype:
+        return False
+    shape = (query.dims(core.x) or ())[-core.count :]
+    last, gamma = (node, core.gamma) if core.gamma is not None else _parameter(node, "Mul", shape)
+    last, beta = _parameter(last, "Add", shape)
+    if gamma is not None and not _spans(gamma, shape):
+        return False
+    if gamma is None:
+        if None in shape:
+            return False
+        ones = np.ones([int(dim or 1) for dim in shape], core.x.dtype.numpy())
+        gamma = edit.constant(node.graph, f"{node.name}_scale", ones)
+    gamma, beta = _flat(gamma, core.count, edit), None if beta is None else _flat(beta, core.count, edit)
+    inputs = [core.x, gamma] if beta is None else [core.x, gamma, beta]
+    attributes = {"axis": -core.count, "epsilon": core.epsilon}
+    edit.swap(last, [edit.node(last, "LayerNormalization", inputs, attributes, like=last.outputs[0])])
+    return True
+
+
+def _parameter(node: ir.Node, op: str, shape: tuple[int | None, ...]) -> tuple[ir.Node, ir.Value | None]:
+    """The only reader of ``node`` and its constant, when it is ``op`` by a constant of the normalised shape."""
+    after = reader(node.outputs[0], op)
+    pair = None if after is None else operands(after)
+    if after is None or pair is None or not _spans(pair[1], shape):
+        return node, None
+    return after, pair[1]
+
+
+def _spans(constant: ir.Value, shape: tuple[int | None, ...]) -> bool:
+    """Whether a constant has the normalised shape, leading axes of one aside."""
+    found = query.dims(constant)
+    return found is not None and found[-len(shape) :] == shape and all(dim == 1 for dim in found[: -len(shape)])
+
+
+def _flat(constant: ir.Value, count: int, edit: Edit) -> ir.Value:
+    """The constant without leading axes of one."""
+    array = query.constant(constant)
+    assert array is not None
+    return constant if array.ndim == count else edit.reweighed(constant, array.reshape(array.shape[-count:]))
+
+
+def _name_softmax(node: ir.Node, edit: Edit) -> bool:
+    """``e / sum(e)`` with ``e = exp(x - max(x))`` along one axis -> Softmax."""
+    exponential = producer(node.inputs[0], "Exp")
+    difference = None if exponential is None else producer(exponential.inputs[0], "Sub")
+    if edit.opset < SOFTMAX_OPSET or difference is None:
+        return False
+    x, e = difference.inputs[0], node.inputs[0]
+    axis = _reduced(node.inputs[1], "ReduceSum", e)
+    if x is None or axis is None or axis != _reduced(difference.inputs[1], "ReduceMax", x):
+        return False
+    edit.swap(node, [edit.node(node, "Softmax", [x], {"axis": axis}, like=node.outputs[0])])
+    return True
+
+
+def _reduced(value: ir.Value | None, op: str, x: ir.Value | None) -> int | None:
+    """The axis, from the end, over which the value reduces x and which it keeps or is given back."""
+    node, count = producer(_restored(value), op), rank(x)
+    over = None if node is None else axes(node)
+    if node is None or node.inputs[0] is not x or count is None or over is None or len(over) != 1:
+        return None
+    axis = over[0] % count - count
+    given_back = node.outputs[0] is not value and axis == -1
+    return axis if bool(query.attribute(node, "keepdims", 1)) != given_back else None
+
+
+def _join_rows(node: ir.Node, edit: Edit) -> bool:
+    """Softmax of x flattened to rows and given its shape back (how opset 12 is brought to 13) -> Softmax of x, when the
+    rows are the last axis."""
+    rows = producer(node.inputs[0], "Softmax")
+    flat = producer(rows.inputs[0], "Flatten") if rows is not None else None
+    if rows is None or flat is None or query.attribute(rows, "axis", -1) not in (-1, 1) or edit.opset < SOFTMAX_OPSET:
+        return False
+    x = flat.inputs[0]
+    count = rank(x)
+    if x is None or count is None or query.attribute(flat, "axis", 1) % count != count - 1:
+        return False
+    if not _is_shape_of(node.inputs[1], x):
+        return False
+    edit.swap(node, [edit.node(rows, "Softmax", [x], {"axis": -1}, like=node.outputs[0])])
+    return True
+
+
+def _is_shape_of(target: ir.Value | None, x: ir.Value) -> bool:
+    taken, written, shape = producer(target, "Shape"), query.constant(target), query.dims(x)
+    if taken is not None:
+        return taken.inputs[0] is x and not {"start", "end"} & set(taken.attributes)
+    if written is None or shape is None or written.size != len(shape):
+        return False
+    return [dim for dim, size in zip(shape, written.tolist(), strict=True) if dim != size] in ([], [None])
+
+
+name_layer_norms = each(_name_layer_norm, "Div", "Mul")
+name_softmaxes = each(_name_softmax, "Div")
+join_softmax_rows = each(_join_rows, "Reshape")
