@@ -127,8 +127,8 @@ def ratio(other: Timing, reference: Timing, *, resamples: int = 1000, seed: int 
     """Latency of ``other`` over ``reference`` from one ``compare``: below 1 is faster.
 
     The median over rounds of the ratio of the two turns' medians, with a percentile bootstrap over rounds: paired, so
-    what slows a whole round cancels out. Against the ratio of the two medians, in simulated runs of 60 rounds that drift
-    by 10 %, the interval is 1/2 to 2/3 as wide and holds the truth as often.
+    what slows a whole round cancels out. Against the ratio of the two medians, in simulated runs of 60 rounds that
+    drift by 10 %, the interval is 1/2 to 2/3 as wide and holds the truth about as often.
     """
     return _paired_ratio(_turn_medians(other), _turn_medians(reference), resamples, seed)
 
