@@ -1,9 +1,10 @@
 """Bring a model to another opset: one table, a row for each change of an op's form (L3).
 
-Our own rows instead of ``onnx.version_converter``, which serialises the whole model (2 GiB limit) and stops at ops like
-Upsample and Softmax of unknown rank; onnxscript's starts at opset 18. Between opset 7 and 21 only the ops below changed
-inputs, attributes or defaults, and a test derives that list from ``onnx.defs`` and holds the table against it. Going
-down relabels the model when each of its nodes means the same at the lower opset, which the op schemas say.
+Our own rows instead of ``onnx.version_converter``, which serialises the whole model (2 GiB limit) and in onnx 1.23.2
+silently changes what linear Upsample, Resize 10 and Hardmax compute and breaks GroupNormalization (measured);
+onnxscript's starts at opset 18. Between opset 7 and 21 only the ops below changed inputs, attributes or defaults: a
+test derives that list from ``onnx.defs`` and holds the table against it. Going down relabels the model when each of
+its nodes means the same at the lower opset, which the op schemas say.
 """
 
 from __future__ import annotations

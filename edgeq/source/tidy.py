@@ -14,7 +14,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
 from edgeq.errors import ModelError, UsageError, did_you_mean
-from edgeq.ir import query, verify
+from edgeq.ir import edit, query, verify
 from edgeq.source import opset as opsets
 
 
@@ -43,12 +43,6 @@ def inline_functions(model: ir.Model) -> tuple[str, ...]:
 
 def lift_constants(model: ir.Model) -> tuple[str, ...]:
     """Make weights in Constant nodes initializers and take weights off the inputs, in place."""
-    for node in query.nodes(model):
-        if node.op_type == "Constant" and node.domain == "" and "sparse_value" in node.attributes:
-            raise ModelError(
-                f"node {node.name!r} (Constant) holds a sparse_value, which edgeq doesn't read yet",
-                hint="store it as a dense value",
-            )
     before = [value.name for value in model.graph.inputs]
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     passes.RemoveInitializersFromInputsPass()(model)
@@ -73,44 +67,27 @@ def drop_metadata(model: ir.Model) -> None:
 def name_all(model: ir.Model) -> None:
     """Give every node and value, bodies included, a name of its own, in place. The main graph's inputs and outputs
     keep theirs."""
-    graph = model.graph
-    values, nodes = set[str](), set[str]()
-    kept = {id(value): value for value in (*graph.inputs, *graph.outputs)}
-    for value in kept.values():
-        values.add(value.name or "")
-    for body in model.graphs():
-        for value in (*body.inputs, *body.initializers.values()):
-            if id(value) not in kept:
-                _rename(value, _unused(value.name or "value", values))
-        for node in body:
-            node.name = _unused(node.name or f"{node.op_type}_node", nodes)
+    names, kept = edit.Names(model), {*model.graph.inputs, *model.graph.outputs}
+    values = {value.name or "" for value in kept}
+    nodes = set[str]()
+    for graph in model.graphs():
+        for value in (*graph.inputs, *graph.initializers.values()):
+            if value not in kept:
+                value.name = _own(value.name or "value", values, names)
+        for node in graph:
+            node.name = _own(node.name or f"{node.op_type}_node", nodes, names)
             for value in node.outputs:
                 # An absent optional output keeps its empty name: a name would ask the kernel to compute it.
-                if id(value) not in kept and (value.name or value.uses() or value.is_graph_output()):
-                    _rename(value, _unused(value.name or f"{node.name}_output", values))
+                if value not in kept and (value.name or value.uses() or value.is_graph_output()):
+                    value.name = _own(value.name or f"{node.name}_output", values, names)
 
 
-def _unused(wanted: str, taken: set[str]) -> str:
-    name, count = wanted, 1
-    while name in taken:
-        count += 1
-        name = f"{wanted}_{count}"
-    taken.add(name)
+def _own(wanted: str, given: set[str], names: edit.Names) -> str:
+    """``wanted`` for the first who asks, a name nobody has for those who follow."""
+    name = names.fresh(wanted) if wanted in given else wanted
+    given.add(name)
+    names.taken.add(name)
     return name
-
-
-def _rename(value: ir.Value, name: str) -> None:
-    """Without touching the tensor's own name, which the caller's model shares."""
-    if value.name == name:
-        return
-    tensor, graph = value.const_value, value.graph
-    if value.is_initializer() and graph is not None:
-        graph.initializers.pop(value.name or "")
-    value.const_value = None
-    value.name = name
-    value.const_value = tensor
-    if tensor is not None and graph is not None:
-        graph.initializers[name] = value
 
 
 def free_dims(model: ir.Model) -> None:

@@ -127,14 +127,13 @@ def _subject(
     module = module.eval()
     parameters = inspect.signature(module.forward).parameters.values()
     names = [item.name for item in parameters if item.kind in (item.POSITIONAL_OR_KEYWORD, item.KEYWORD_ONLY)]
-    if inputs is None:
-        inputs = getattr(module, "example_inputs", None)
+    inputs = getattr(module, "example_inputs", None) if inputs is None else inputs
     notes: tuple[str, ...] = ()
-    if inputs is None and example:
+    if inputs is None:
         inputs = {name: array for name, array in example.items() if name in names}
-    if not inputs and pins:
-        inputs, notes = _random(pins, names)
-    if inputs is None or not len(inputs):
+        if not inputs:
+            inputs, notes = _random(pins, names)
+    if not len(inputs):
         raise UsageError(
             f"{origin!r} has no example inputs to trace it with",
             hint="return (module, inputs), set module.example_inputs, or give each input's shape",
@@ -213,7 +212,7 @@ def _export_program(path: str, opset: int) -> tuple[ir.Model, Subject]:
     model = _run_exporter(subject, None, opset)
     if not feed:
         return model, replace(subject, notes=("it holds no example inputs: not compared with torch",))
-    for what in _differences(model, subject):
+    for what in differences(model, subject):
         raise ModelError(f"{path!r} exported to ONNX differs from torch: {what}", hint="export it with static shapes")
     return model, subject
 
@@ -259,19 +258,23 @@ def _batch_axes(feed: Feed) -> dict[str, Any]:
 
 def _checked(subject: Subject, dynamic: Any, opset: int) -> ir.Model:
     model = _run_exporter(subject, dynamic, opset)
-    for name, axis in _asked(dynamic, subject.feed):
-        value = next(value for value in model.graph.inputs if value.name == name)
-        if value.shape is not None and isinstance(value.shape[axis], int):
-            raise ModelError(
-                f"torch froze axis {axis} of {name!r} at {value.shape[axis]} in {subject.origin!r}, not dynamic",
-                hint="leave it out of dynamic_shapes, or rewrite the module so that the axis stays dynamic",
-            )
-    for what in _differences(model, subject):
+    wrong = made_static(model, dynamic, subject.feed) or next(iter(differences(model, subject)), "")
+    if wrong:
         raise ModelError(
-            f"{subject.origin!r} exported to ONNX differs from torch: {what}",
-            hint="export that axis static, or rewrite the module so that the axis stays dynamic",
+            f"{subject.origin!r} exported to ONNX differs from torch: {wrong}",
+            hint="leave the axis out of dynamic_shapes, or rewrite the module so that it stays dynamic",
         )
     return model
+
+
+def made_static(model: ir.Model, dynamic: Any, feed: Feed) -> str:
+    """Which axis asked to be dynamic the exporter made static; empty when it obeyed."""
+    inputs = {value.name: value for value in model.graph.inputs}
+    for name, axis in _asked(dynamic, feed):
+        shape = inputs[name].shape if name in inputs else None
+        if shape is not None and isinstance(shape[axis], int):
+            return f"torch froze axis {axis} of {name!r} at {shape[axis]}"
+    return ""
 
 
 def _asked(dynamic: Any, feed: Feed) -> list[tuple[str, int]]:
@@ -333,7 +336,7 @@ def _last_line(text: str) -> str:
     return lines[-1] if lines else ""
 
 
-def _differences(model: ir.Model, subject: Subject) -> Iterator[str]:
+def differences(model: ir.Model, subject: Subject) -> Iterator[str]:
     """Where the exported model isn't torch's: on the example, then with each dynamic axis at another size. Output
     sizes that move although the exporter declared them static are made dynamic on the way, in place."""
     session = _session(model)
