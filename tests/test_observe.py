@@ -305,7 +305,7 @@ def test_the_reservoir_is_a_uniform_sample_of_fixed_size():
     for index in range(40):  # sample i holds values in [i, i + 1): each must be present in proportion
         size = 3000 if index % 2 else 30_000
         values = (index + np.random.default_rng(index).random(size)).astype(np.float32)
-        reservoir.add(values, (7, index))
+        reservoir.add(values, index)
     values, _ = reservoir.arrays()
     assert values.size == RESERVOIR
     counts = np.bincount(values.astype(int), minlength=40)

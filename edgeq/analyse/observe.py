@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 import time
-import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -154,7 +153,7 @@ def _pass(job: _Job, checkpoint: _Checkpoint, elements: int, progress: Progress)
     """Run every sample not yet counted. An interruption between two samples loses none of them."""
     stats, done = checkpoint.read()
     for tap in job.values:
-        stats.setdefault(tap, Stats(seed=zlib.crc32(tap.encode()), elements=elements))
+        stats.setdefault(tap, Stats(elements))
     result, slices, whole = Observation(stats), _Slices(job), True
     with _Counter(job, result) as counter, progress.stage("observe", job.samples.count):
         progress.advance(done)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -34,8 +35,8 @@ class Reservoir:
     """A uniform sample of at most ``RESERVOIR`` values, independent of how the data is split into batches.
 
     Every value gets a random key and the smallest keys stay, so reservoirs merge exactly. Only keys that can stay are
-    drawn: the smallest of n uniform keys arrive like a Poisson process of rate n, and a seed fixes that process
-    whatever the reservoir already holds.
+    drawn: the smallest of n uniform keys arrive like a Poisson process of rate n, and the sample's index fixes that
+    process whatever the reservoir already holds.
     """
 
     def __init__(self, values: NDArray[np.float32] | None = None, keys: NDArray[np.float32] | None = None) -> None:
@@ -44,14 +45,12 @@ class Reservoir:
         self._limit = math.inf  # no key at or above it can stay
         self._trim()
 
-    def add(self, values: NDArray[np.float32], seed: tuple[int, ...]) -> None:
-        """Offer f32[n]; ``seed`` (what tensor, which sample) decides the keys."""
-        likely = min(values.size * self._limit, values.size, RESERVOIR)
-        spread = 0 if likely == values.size else 6 * math.sqrt(likely) + 16  # one in 1e9 has more
-        draws = np.random.default_rng(seed).random((int(likely + spread), 2))
-        keys = (np.cumsum(-np.log1p(-draws[:, 0])) / values.size).astype(np.float32)
-        stay = keys < self._limit
-        self._join(values[(draws[stay, 1] * values.size).astype(np.intp)], keys[stay])
+    def add(self, values: NDArray[np.float32], index: int) -> None:
+        """Offer f32[n] of sample ``index``."""
+        arrivals, places = _arrivals(index)
+        count = min(int(np.searchsorted(arrivals, self._limit * values.size)), values.size)
+        keys = (arrivals[:count] / values.size).astype(np.float32)
+        self._join(values[(places[:count] * values.size).astype(np.intp)], keys)
 
     def merge(self, other: Reservoir) -> None:
         """Take in another reservoir's values."""
@@ -73,6 +72,15 @@ class Reservoir:
             self._values, self._keys = self._values[stay], self._keys[stay]
         if self._keys.size == RESERVOIR:
             self._limit = float(self._keys.max())
+
+
+@lru_cache(maxsize=4)
+def _arrivals(index: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """For sample ``index``: arrivals of a Poisson process of rate 1 and places in [0, 1), both f64[RESERVOIR].
+
+    All tensors of a sample share them, since drawing them for each cost as much as the histograms."""
+    rng = np.random.default_rng(index)
+    return np.cumsum(rng.exponential(size=RESERVOIR)), rng.random(RESERVOIR)
 
 
 @dataclass(frozen=True)
@@ -102,10 +110,9 @@ class Stats:
 
     ``count`` is of values; ``settled`` is the number of samples after which the range grew by less than 1 % at a time.
     ``channels`` is None for a tensor without a channel axis or with a varying number of channels. ``shape`` is the
-    largest seen, ``seed`` tells tensors apart, ``elements`` bounds what one sample adds to the histogram.
+    largest seen, ``elements`` bounds what one sample adds to the histogram and to ``sum2``.
     """
 
-    seed: int = 0
     elements: int = HISTOGRAM_ELEMENTS
     min: float = math.inf
     max: float = -math.inf
@@ -147,7 +154,8 @@ class Stats:
             lows, highs, (low, high) = values, values, _channel_extremes(view)
         self.shape = x.shape if math.prod(x.shape) >= math.prod(self.shape) else self.shape
         self.samples += 1
-        channels = Channels(self._add_moments(view), np.maximum(-low, high), counts)
+        channels = Channels(_channel_sums(view), np.maximum(-low, high), counts)
+        self.sum += float(channels.sum.sum())
         self._add_channels(channels if axis is not None and x.ndim >= -axis else None)
         if values.size:
             self._add_values(values, index, float(lows.min()), float(highs.max()))
@@ -162,18 +170,6 @@ class Stats:
         self.inf_count += int(inf.sum())
         return ~(nan | mask | inf)
 
-    def _add_moments(self, view: NDArray[np.float32]) -> NDArray[np.float64]:
-        """Add sums of f32[outer, C, inner] and of its squares, in f64 beyond the innermost run; sums f64[C] out."""
-        rows = view.reshape(-1, view.shape[2] if view.shape[2] > 1 else view.shape[1])
-        inner = view[:, :, 0] if view.shape[2] == 1 else view.sum(axis=2)
-        sums: NDArray[np.float64] = inner.sum(axis=0, dtype=np.float64)
-        self.sum += float(sums.sum())
-        squares = np.einsum("ij,ij->i", rows, rows)
-        if not np.isfinite(squares).all():  # beyond 1e19 they leave float32
-            squares = np.einsum("ij,ij->i", rows, rows, dtype=np.float64, casting="same_kind")
-        self.sum2 += float(squares.sum(dtype=np.float64))
-        return sums
-
     def _add_channels(self, channels: Channels | None) -> None:
         if self.samples == 1:
             self.channels = channels
@@ -181,16 +177,18 @@ class Stats:
             self.channels = self.channels.joined(channels)
 
     def _add_values(self, values: NDArray[np.float32], index: int, low: float, high: float) -> None:
-        """Extremes, histogram and reservoir of f32[n] within [low, high]."""
+        """Extremes, squares, histogram and reservoir of f32[n] within [low, high]."""
         if self._widened(low, high):
             self.settled = self.samples
         self.min, self.max = min(self.min, low), max(self.max, high)
         self.count += values.size
         stride = _stride(values.size, self.elements)
+        subset = np.ascontiguousarray(values[index % stride :: stride])
+        self.sum2 += float(np.square(subset, dtype=np.float64).sum()) * (values.size / subset.size)
         if stride > 1:
             self.histogram.add(np.array([low, high], np.float32))  # the subset may miss them
-        self.histogram.add(values[index % stride :: stride], weight=stride)
-        self.reservoir.add(values, (self.seed, index))
+        self.histogram.add(subset, weight=stride)
+        self.reservoir.add(values, index)
 
     def _widened(self, low: float, high: float) -> bool:
         """Whether values in [low, high] widen the range by more than ``SETTLED`` of it."""
@@ -204,7 +202,7 @@ class Stats:
         values, keys = self.reservoir.arrays()
         arrays: Arrays = {
             "floats": np.array([getattr(self, name) for name in _FLOATS]),
-            "integers": np.array([self.seed, self.elements, *(getattr(self, name) for name in _COUNTS)], np.int64),
+            "integers": np.array([self.elements, *(getattr(self, name) for name in _COUNTS)], np.int64),
             "shape": np.array(self.shape, np.int64),
             "sample": values,
             "keys": keys,
@@ -217,9 +215,8 @@ class Stats:
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> Stats:
         """The inverse of ``to_arrays``. KeyError or ValueError when ``arrays`` are of something else."""
-        seed, elements, *counts = (int(number) for number in arrays["integers"])
+        elements, *counts = (int(number) for number in arrays["integers"])
         return cls(
-            seed,
             elements,
             **dict(zip(_FLOATS, arrays["floats"].tolist(), strict=True)),
             **dict(zip(_COUNTS, counts, strict=True)),
@@ -260,6 +257,13 @@ def _channel_extremes(view: NDArray[np.float32]) -> tuple[NDArray[np.float32], N
     if view.shape[2] == 1:
         return view[:, :, 0].min(axis=0), view[:, :, 0].max(axis=0)
     return view.min(axis=2).min(axis=0), view.max(axis=2).max(axis=0)
+
+
+def _channel_sums(view: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Sums f64[C] of f32[outer, C, inner]: in f32 along the innermost run, where numpy sums pairwise, f64 beyond."""
+    inner = view[:, :, 0] if view.shape[2] == 1 else view.sum(axis=2)
+    sums: NDArray[np.float64] = inner.sum(axis=0, dtype=np.float64)
+    return sums
 
 
 def _stride(size: int, elements: int) -> int:
