@@ -192,3 +192,39 @@ def test_ctrl_c_is_status_130_and_leaves_nothing(package: Path, tmp_path: Path) 
     assert process.returncode == 130
     assert "interrupted: nothing was written" in err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["made", "net.edgeq"]
+
+
+def _edgeq(*words: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "edgeq", *words]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+@pytest.mark.slow
+def test_export_prints_one_report_and_leaves_a_package(tmp_path: Path) -> None:
+    model, out = _model(tmp_path / "made"), tmp_path / "net.edgeq"
+    process = _edgeq("export", str(model), "--synthetic", "--input", "x=1,3", "-o", str(out), "--json")
+    shown, err = process.communicate(timeout=300)
+    report = from_json(shown)
+    assert process.returncode == (0 if report.passed else 1), err
+    assert "validate" in err
+    assert report.artifact is not None
+    assert report.artifact.path == str(out / "model.onnx")
+    assert report.artifact.size_bytes == (out / "model.onnx").stat().st_size
+    assert {"latency_ratio", "size_ratio", "snr_db"} <= {check.name for check in report.checks}
+    assert report.coverage is not None
+    assert main(["package", str(out)]) == process.returncode
+    assert "SYNTHETIC" in (out / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_ctrl_c_during_export_leaves_nothing(tmp_path: Path) -> None:
+    model, out = _model(tmp_path / "made"), tmp_path / "net.edgeq"
+    process = _edgeq("export", str(model), "--synthetic", "--input", "x=1,3", "-o", str(out))
+    assert process.stderr is not None
+    while not process.stderr.readline().startswith("read"):  # the first stage is done: the next ones are at work
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]

@@ -201,6 +201,8 @@ def run_session(
 ) -> dict[str, Array]:
     """One run. Raises SampleError when the feed doesn't fit the inputs, ModelError when a node fails."""
     names = [arg.name for arg in session.get_outputs()] if outputs is None else list(outputs)
+    if not names:
+        return {}  # the runtime reads an empty list as all outputs
     try:
         return dict(zip(names, session.run(names, dict(feed)), strict=True))
     except (ValueError, ort_state.InvalidArgument) as error:  # a missing input; a wrong name, dtype or shape
