@@ -22,7 +22,7 @@ from rich.table import Table
 from tests.bench.peers import USUAL, VARIANTS, Peer, quantized
 from tests.zoo import ZOO
 from tests.zoo.packages import data, float_model, source
-from tests.zoo.score import cosine, metric_value, outputs
+from tests.zoo.score import cosine, metric_value, run
 
 OURS = "edgeq"
 FLOAT, FLOAT_EXTENDED = "float", "float extended"  # the runtime's optimisations with and without blocked layouts
@@ -61,12 +61,12 @@ def measure(name: str, artefacts: Mapping[str, Path], threads: Sequence[int], co
     """Every artefact of the zoo model ``name`` beside its float model."""
     entry, reference = ZOO[name], float_model(name)
     samples = list(data(entry.evaluation, count))
-    expected, labels = outputs(reference, samples)
+    expected, labels = run(reference, samples)
     paths = {FLOAT: reference, FLOAT_EXTENDED: reference, **artefacts}
     medians, ratios = _latency(paths, samples, threads)
     rows = []
     for variant, path in paths.items():
-        found, _ = outputs(path, samples) if path != reference else (expected, labels)
+        found, _ = run(path, samples) if path != reference else (expected, labels)
         rows.append(
             Measured(
                 name,

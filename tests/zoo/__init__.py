@@ -10,8 +10,9 @@ ships, the loaders fall back to what packages do ship: absolute figures then dif
 * ``EDGEQ_ZOO_CACHE``: where fetched and exported models are kept; else ``~/.cache/edgeq-zoo``
 * ``EDGEQ_ZOO_CALIBRATION``, ``EDGEQ_ZOO_EVALUATION``: how many samples the callables yield; else each its own number
 
-Metrics follow edgeq's: ``fn(outputs, label) -> float`` a sample, or with ``fn.corpus`` true
-``fn(list of outputs, list of labels) -> float``. Higher is better.
+Metrics follow edgeq's: ``fn(values, label) -> float`` a sample, or with ``fn.corpus`` true
+``fn(list of values, list of labels) -> float``, where values are a sample's inputs and then outputs by name. Higher is
+better.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import click
 
 from tests.zoo import ZOO
 from tests.zoo.packages import ZooError, data, fetch, float_model, source
-from tests.zoo.score import metric_value, outputs
+from tests.zoo.score import metric_value, run
 
 
 @click.group()
@@ -42,7 +42,7 @@ def score_float(names: tuple[str, ...], count: int | None) -> None:
     """The float model's metric, beside the figure the table notes."""
     for name in names or ZOO:
         entry = ZOO[name]
-        results, labels = outputs(float_model(name), data(entry.evaluation, count))
+        results, labels = run(float_model(name), data(entry.evaluation, count))
         value = metric_value(entry.metric, results, labels)
         metric = entry.metric.rpartition(":")[2]
         click.echo(f"{name:7} {metric} {value:.4f} (noted {entry.float_metric}), n={len(labels)}")

@@ -6,7 +6,7 @@ Calibration uses the first 30 faces and evaluation the other 70.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -20,6 +20,7 @@ SIZE = 128
 CANVAS = 256
 FACES, CALIBRATION_FACES = 100, 30  # the file's first 100 pictures are faces
 BACKGROUNDS = ("brick.png", "chelsea.png", "coffee.png", "grass.png", "gravel.png", "motorcycle_left.png", "rocket.jpg")
+SCORES, OFFSETS = ("Identity:0", "Identity_1:0"), ("Identity_2:0", "Identity_3:0")  # of the two grids of anchors
 ANCHOR_GRIDS = ((16, 2), (8, 6))  # cells a side, anchors a cell: arXiv:1907.05047
 SURE, SAME = 0.6, 0.3  # least score of a face; overlap at which two boxes are one
 
@@ -75,19 +76,19 @@ def _anchors() -> Array:
     return np.concatenate(grids).astype(np.float32)
 
 
-def detected(outputs: dict[str, Array]) -> Boxes:
+def detected(values: Mapping[str, Array]) -> Boxes:
     """Scores f32[1, 512 and 384, 1] and offsets f32[1, 512 and 384, 16] -> faces f32[n, 4] in 0..1."""
-    parts = sorted(outputs.values(), key=lambda output: (output.shape[2], -output.shape[1]))
-    scores, offsets = np.concatenate(parts[:2], axis=1)[0, :, 0], np.concatenate(parts[2:], axis=1)[0] / SIZE
+    scores, offsets = (np.concatenate([values[name] for name in names], axis=1)[0] for names in (SCORES, OFFSETS))
+    scores, offsets = scores[:, 0], offsets / SIZE
     centre, extent = offsets[:, :2] + _anchors(), offsets[:, 2:4]
     boxes = np.concatenate([centre - extent / 2, centre + extent / 2], axis=1)
     sure = scores > np.log(SURE / (1 - SURE))  # the score is a logit
     return suppressed(boxes[sure], scores[sure], SAME)
 
 
-def f1(outputs: Sequence[dict[str, Array]], labels: Sequence[Boxes]) -> float:
+def f1(pictures: Sequence[Mapping[str, Array]], labels: Sequence[Boxes]) -> float:
     """F1 of faces over all pictures, at an intersection over union of 0.3 (LFW crops hold more than the face)."""
-    found = [detected(picture) for picture in outputs]
+    found = [detected(values) for values in pictures]
     hits = sum(matched(boxes, truth, SAME) for boxes, truth in zip(found, labels, strict=True))
     return 2 * hits / max(1, sum(map(len, found)) + sum(map(len, labels)))
 

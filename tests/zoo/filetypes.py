@@ -8,7 +8,7 @@ import os
 import random
 import sysconfig
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tests.zoo.packages import package_file, wanted
+from tests.zoo.score import only_output
 
 SEED = 7
 CALIBRATION = 128
@@ -40,10 +41,9 @@ def evaluation(count: int | None = None) -> Iterator[Sample]:
     return (_sample(*pair) for pair in _labelled()[CALIBRATION:][: wanted(count, 500, "EVALUATION")])
 
 
-def accuracy(outputs: dict[str, NDArray[np.float32]], label: str) -> float:
+def accuracy(values: Mapping[str, NDArray[Any]], label: str) -> float:
     """1.0 where the best of f32[1, 214] is the type, or one of several ``|`` separates."""
-    (scores,) = outputs.values()
-    return float(_type_names()[int(scores.argmax())] in str(label).split("|"))
+    return float(_type_names()[int(only_output(values).argmax())] in str(label).split("|"))
 
 
 def _sample(tokens: NDArray[np.int32], label: str) -> Sample:

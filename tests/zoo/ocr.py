@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from tests.zoo.boxes import Boxes, matched
 from tests.zoo.drawn_text import Image, line, page, phrases
 from tests.zoo.packages import float_model, wanted
+from tests.zoo.score import only_output
 
 CALIBRATION_SEED = 100_000
 PAGE_SEED = 1_000
@@ -25,7 +26,7 @@ DIRECTION_WIDTH = 192
 INKED, BOX_SCORE, GROW, SMALLEST = 0.3, 0.5, 1.6, 3  # DBNet's own postprocessing: arXiv:1911.08947, PaddleOCR defaults
 
 Array = NDArray[np.float32]
-Outputs = dict[str, Array]
+Values = dict[str, Array]
 Sample = dict[str, Any]
 
 
@@ -60,18 +61,18 @@ def _characters() -> tuple[str, ...]:
     return ("", *text.splitlines(), " ")
 
 
-def decoded(outputs: Outputs) -> str:
+def decoded(values: Values) -> str:
     """Greedy CTC: f32[1, t, characters] -> text; repeats merged, blanks (index 0) dropped."""
-    (scores,) = outputs.values()
+    scores = only_output(values)
     best = scores[0].argmax(1)
     first = np.concatenate(([True], best[1:] != best[:-1]))
     return "".join(_characters()[index] for index in best[first & (best != 0)])
 
 
-def character_accuracy(outputs: Outputs, label: str) -> float:
+def character_accuracy(values: Values, label: str) -> float:
     """1 - edits / characters of one line, spaces ignored."""
     truth = str(label).replace(" ", "")
-    return max(0.0, 1 - edits(decoded(outputs).replace(" ", ""), truth) / len(truth))
+    return max(0.0, 1 - edits(decoded(values).replace(" ", ""), truth) / len(truth))
 
 
 def edits(a: str, b: str) -> int:
@@ -100,11 +101,11 @@ def _pages(count: int, seed: int) -> Iterator[Sample]:
         yield {"x": np.ascontiguousarray(pixels.transpose(2, 0, 1)[None]), "label": np.array(boxes, np.float32)}
 
 
-def text_boxes(outputs: Outputs) -> Boxes:
+def text_boxes(values: Values) -> Boxes:
     """DBNet's probability map f32[1, 1, h, w] -> f32[n, 4]: islands of ink, grown back by what training shrank."""
     from scipy import ndimage
 
-    (scores,) = outputs.values()
+    scores = only_output(values)
     ink = scores[0, 0]
     islands, _ = ndimage.label(ink > INKED, structure=np.ones((3, 3)))
     found = []
@@ -116,9 +117,9 @@ def text_boxes(outputs: Outputs) -> Boxes:
     return np.array(found, np.float32).reshape(-1, 4)
 
 
-def box_hmean(outputs: Sequence[Outputs], labels: Sequence[Boxes]) -> float:
+def box_hmean(pages: Sequence[Values], labels: Sequence[Boxes]) -> float:
     """Harmonic mean of precision and recall over all pages, at an intersection over union of 0.5."""
-    found = [text_boxes(page_outputs) for page_outputs in outputs]
+    found = [text_boxes(values) for values in pages]
     hits = sum(matched(boxes, truth, 0.5) for boxes, truth in zip(found, labels, strict=True))
     return 2 * hits / max(1, sum(map(len, found)) + sum(map(len, labels)))
 
@@ -146,7 +147,7 @@ def _directions(count: int, seed: int) -> Iterator[Sample]:
         yield {"x": x, "label": turned}
 
 
-def direction_accuracy(outputs: Outputs, label: int) -> float:
+def direction_accuracy(values: Values, label: int) -> float:
     """1.0 where the larger of f32[1, 2] says whether the line is upside down."""
-    (scores,) = outputs.values()
+    scores = only_output(values)
     return float(int(scores.argmax()) == label)

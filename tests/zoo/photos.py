@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tests.zoo.packages import package_file, wanted
+from tests.zoo.score import only_output
 
 SIZE = 224
 SEED = 7
@@ -45,10 +46,9 @@ def mobilenet_evaluation(count: int | None = None) -> Iterator[Sample]:
     return ({"image": _torchvision(image), "label": label} for image, label in evaluation_photos(count))
 
 
-def top1(outputs: dict[str, NDArray[np.float32]], label: int) -> float:
+def top1(values: Mapping[str, NDArray[Any]], label: int) -> float:
     """1.0 where the largest logit of f32[1, 1000] is the class."""
-    (logits,) = outputs.values()
-    return float(int(logits.argmax()) == label)
+    return float(int(only_output(values).argmax()) == label)
 
 
 def _public500() -> list[tuple[Path, int]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from tests.zoo.packages import load
 
-Outputs = dict[str, NDArray[Any]]
+Values = dict[str, NDArray[Any]]
 
 
 def session(path: str | Path, threads: int = 2) -> Any:
@@ -24,19 +24,24 @@ def session(path: str | Path, threads: int = 2) -> Any:
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def outputs(path: str | Path, samples: Iterable[dict[str, Any]]) -> tuple[list[Outputs], list[Any]]:
-    """What the model returns for each sample, and the labels. Inputs the model doesn't have (pinned) are left out."""
+def only_output(values: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
+    """The output among the values of a model that has one, whatever its name: inputs come first."""
+    return [*values.values()][-1]
+
+
+def run(path: str | Path, samples: Iterable[dict[str, Any]]) -> tuple[list[Values], list[Any]]:
+    """Inputs and outputs of each sample, and the labels. Inputs the model doesn't have (pinned) are left out."""
     runner = session(path)
     inputs, names = {value.name for value in runner.get_inputs()}, [value.name for value in runner.get_outputs()]
     results, labels = [], []
     for sample in samples:
-        values = runner.run(names, {name: value for name, value in sample.items() if name in inputs})
-        results.append(dict(zip(names, values, strict=True)))
+        feed = {name: value for name, value in sample.items() if name in inputs}
+        results.append({**feed, **dict(zip(names, runner.run(names, feed), strict=True))})
         labels.append(sample["label"])
     return results, labels
 
 
-def metric_value(metric: str, results: list[Outputs], labels: list[Any]) -> float:
+def metric_value(metric: str, results: list[Values], labels: list[Any]) -> float:
     """The metric ``pkg.module:fn`` over all samples: a corpus metric as it is, else the mean over samples."""
     measure = load(metric)
     if getattr(measure, "corpus", False):
@@ -44,7 +49,7 @@ def metric_value(metric: str, results: list[Outputs], labels: list[Any]) -> floa
     return float(np.mean([measure(result, label) for result, label in zip(results, labels, strict=True)]))
 
 
-def cosine(a: list[Outputs], b: list[Outputs]) -> float:
-    """Mean over samples of the cosine between the first outputs, flattened."""
-    pairs = ((next(iter(x.values())).ravel(), next(iter(y.values())).ravel()) for x, y in zip(a, b, strict=True))
+def cosine(a: list[Values], b: list[Values]) -> float:
+    """Mean over samples of the cosine between the last outputs, flattened."""
+    pairs = ((only_output(x).ravel(), only_output(y).ravel()) for x, y in zip(a, b, strict=True))
     return float(np.mean([x @ y / max(np.linalg.norm(x) * np.linalg.norm(y), 1e-12) for x, y in pairs]))

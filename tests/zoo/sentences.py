@@ -10,7 +10,7 @@ import importlib
 import inspect
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tests.zoo.packages import package_file, wanted
+from tests.zoo.score import only_output
 
 SEED = 7
 HELD_OUT = 0.75  # share of the docstrings kept for evaluation
@@ -85,11 +86,11 @@ def _samples(pairs: Sequence[tuple[str, str]], count: int) -> Iterator[Sample]:
         }
 
 
-def retrieval_at_1(outputs: Sequence[dict[str, NDArray[np.float32]]], labels: Sequence[NDArray[np.int64]]) -> float:
+def retrieval_at_1(texts: Sequence[Mapping[str, NDArray[Any]]], labels: Sequence[NDArray[np.int64]]) -> float:
     """Share of summaries whose own body is the nearest by cosine, among all bodies; f32[1, tokens, 384] each."""
     sides: tuple[dict[int, Any], dict[int, Any]] = ({}, {})
-    for sample, (tokens, document, part) in zip(outputs, labels, strict=True):
-        sides[part][int(document)] = _pooled(next(iter(sample.values()))[0, :tokens])
+    for values, (tokens, document, part) in zip(texts, labels, strict=True):
+        sides[part][int(document)] = _pooled(only_output(values)[0, :tokens])
     summaries, bodies = (np.stack([side[key] for key in sorted(side)]) for side in sides)
     return float(((summaries @ bodies.T).argmax(1) == np.arange(len(summaries))).mean())
 

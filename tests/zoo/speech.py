@@ -7,7 +7,7 @@ window is judged alone, so an error that builds up through the state over a clip
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -38,11 +38,11 @@ def evaluation(count: int | None = None) -> Iterator[Sample]:
     return _windows(wanted(count, 500, "EVALUATION"), 0, 1)
 
 
-def auc(outputs: Sequence[dict[str, Array]], labels: Sequence[int]) -> float:
+def auc(windows: Sequence[Mapping[str, Array]], labels: Sequence[int]) -> float:
     """Chance that a window with speech scores above one without (Mann–Whitney), from ``output`` f32[1, 1]."""
     from scipy.stats import rankdata
 
-    ranks = rankdata([sample["output"].item() for sample in outputs])
+    ranks = rankdata([values["output"].item() for values in windows])
     speech = np.asarray(labels, bool)
     positives, negatives = int(speech.sum()), int((~speech).sum())
     return float((ranks[speech].sum() - positives * (positives + 1) / 2) / (positives * negatives))
