@@ -16,6 +16,7 @@ import pytest
 from edgeq.errors import ModelError, UsageError
 from edgeq.ir import io, query
 from edgeq.source import read_model, torch_export
+from edgeq.source.parity import differences
 
 pytestmark = pytest.mark.slow
 
@@ -96,24 +97,23 @@ def frozen(rows: str | int) -> onnx_ir.Model:
     )
 
 
-def subject(module: Any) -> torch_export.Subject:
+def rows() -> Any:
     import torch
 
-    return torch_export.Subject("net", "torch", module, module, {"x": torch.ones(3, 4)})
+    return {"x": torch.ones(3, 4)}
 
 
 def test_an_axis_that_was_frozen_silently_is_named(modules):
-    (difference,) = torch_export.differences(frozen("rows"), subject(modules.Doubling()))
+    (difference,) = differences(frozen("rows"), modules.Doubling(), rows())
     assert difference.startswith("axis 0 of 'x' (rows) was frozen at 3: with 4, the runtime fails")
 
 
-def test_an_axis_that_was_made_static_is_named(modules):
+def test_an_axis_that_was_made_static_is_named():
     import torch
 
     asked = {"x": {0: torch.export.Dim("rows")}}
-    found = torch_export.made_static(frozen(3), asked, subject(modules.Doubling()).feed)
-    assert found == "torch froze axis 0 of 'x' at 3"
-    assert torch_export.made_static(frozen("rows"), asked, subject(modules.Doubling()).feed) == ""
+    assert torch_export.made_static(frozen(3), asked, rows()) == "torch froze axis 0 of 'x' at 3"
+    assert torch_export.made_static(frozen("rows"), asked, rows()) == ""
 
 
 def test_a_model_that_cannot_have_a_dynamic_batch_becomes_static():
@@ -131,8 +131,8 @@ def test_an_exported_program_goes_to_a_file_and_back(tmp_path):
     model, info = read_model(tmp_path / "net.pt2", opset=21)
     assert info.kind == "exported-program"
     assert query.dims(model.graph.inputs[0]) == (None, 3)
-    rows = RNG.normal(size=(6, 3)).astype(np.float32)
-    np.testing.assert_allclose(run(model, {"input": rows})[0], torch_says(module, rows), atol=1e-5)
+    array = RNG.normal(size=(6, 3)).astype(np.float32)
+    np.testing.assert_allclose(run(model, {"input": array})[0], torch_says(module, array), atol=1e-5)
 
 
 def test_a_damaged_or_missing_program_is_named(tmp_path):
@@ -173,9 +173,9 @@ def read_in_a_new_process(before: str = "") -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-def test_exporting_prints_nothing():
+def test_exporting_prints_nothing_and_the_author_to_stderr():
     done = read_in_a_new_process()
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "making a network\n")
 
 
 def test_without_torch_the_extra_is_named():

@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import io as text_io
-import logging
-import tempfile
-import warnings
+import sys
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,21 +21,16 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from edgeq.errors import ModelError, RuntimeUnavailableError, UsageError
-from edgeq.ir import io
 from edgeq.source import import_path
+from edgeq.source.parity import Feed, differences, resized
+from edgeq.source.quiet import first_line, last_line, quiet
 
 if TYPE_CHECKING:
     import torch
 
 Kind = Literal["torch", "exported-program"]
-Feed = dict[str, "torch.Tensor"]
-
 OPSETS = (18, 22)
 """The exporter's lowest opset, and the last one before attention becomes one op."""
-
-AGREES = 1e-3
-"""Largest difference to torch, as a part of the output's peak. Folding and another order of sums leave about 1e-5 in a
-deep float32 network; a frozen axis or a wrong op leaves 0.1 and more. Half precision is allowed 20 times this."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +62,8 @@ def export(
     path = str(source)
     if path.endswith(".pt2"):
         return _export_program(path, opset)
-    module, inputs, dynamic = _called(import_path.load(path), path)
+    with contextlib.redirect_stdout(sys.stderr):  # what the author's code prints isn't the report
+        module, inputs, dynamic = _called(import_path.load(path), path)
     return _export_module(_subject(module, path, inputs, dynamic, pins, example), opset, pins)
 
 
@@ -139,7 +132,7 @@ def _subject(
             hint="return (module, inputs), set module.example_inputs, or give each input's shape",
         )
     dynamic = getattr(module, "dynamic_shapes", None) if dynamic is None else dynamic
-    feed = {name: _resized(tensor, pins.get(name)) for name, tensor in _named(inputs, names, origin).items()}
+    feed = {name: resized(tensor, pins.get(name)) for name, tensor in _named(inputs, names, origin).items()}
     return Subject(origin, "torch", module, module, feed, dynamic, notes)
 
 
@@ -174,29 +167,17 @@ def _random(pins: Mapping[str, tuple[int, ...]], names: list[str]) -> tuple[dict
     return feed, ("traced with random float32 inputs of the shapes given",) if feed else ()
 
 
-def _resized(tensor: torch.Tensor, shape: tuple[int, ...] | None) -> torch.Tensor:
-    """``tensor`` repeated or cut along each axis to ``shape``, so that its values stay ones the model knows."""
-    import torch
-
-    if shape is None or len(shape) != tensor.dim():
-        return tensor
-    for axis, size in enumerate(shape):
-        if size != tensor.shape[axis]:
-            tensor = tensor.index_select(axis, torch.arange(size) % tensor.shape[axis])
-    return tensor
-
-
 def _export_program(path: str, opset: int) -> tuple[ir.Model, Subject]:
     import torch
 
     if not Path(path).is_file():
         raise ModelError(f"no model file {path!r}", hint="check the path")
     try:
-        with _quiet():
+        with quiet():
             program = torch.export.load(path)
     except (RuntimeError, OSError, ValueError, KeyError, AttributeError, zipfile.BadZipFile) as error:
         raise ModelError(
-            f"{path!r} can't be loaded as an exported program: {_first_line(error)}",
+            f"{path!r} can't be loaded as an exported program: {first_line(error)}",
             hint="write it with torch.export.save of the same torch version",
         ) from error
     args, kwargs = program.example_inputs or ((), {})
@@ -212,7 +193,7 @@ def _export_program(path: str, opset: int) -> tuple[ir.Model, Subject]:
     model = _run_exporter(subject, None, opset)
     if not feed:
         return model, replace(subject, notes=("it holds no example inputs: not compared with torch",))
-    for what in differences(model, subject):
+    for what in differences(model, subject.module, subject.feed):
         raise ModelError(f"{path!r} exported to ONNX differs from torch: {what}", hint="export it with static shapes")
     return model, subject
 
@@ -243,7 +224,7 @@ def _batched(subject: Subject) -> Subject | None:
         return None
     batch = max(2, sizes.pop())
     feed = {
-        name: _resized(tensor, (batch, *tensor.shape[1:])) if tensor.dim() else tensor
+        name: resized(tensor, (batch, *tensor.shape[1:])) if tensor.dim() else tensor
         for name, tensor in subject.feed.items()
     }
     return replace(subject, feed=feed)
@@ -258,7 +239,9 @@ def _batch_axes(feed: Feed) -> dict[str, Any]:
 
 def _checked(subject: Subject, dynamic: Any, opset: int) -> ir.Model:
     model = _run_exporter(subject, dynamic, opset)
-    wrong = made_static(model, dynamic, subject.feed) or next(iter(differences(model, subject)), "")
+    wrong = made_static(model, dynamic, subject.feed) or next(
+        iter(differences(model, subject.module, subject.feed)), ""
+    )
     if wrong:
         raise ModelError(
             f"{subject.origin!r} exported to ONNX differs from torch: {wrong}",
@@ -292,7 +275,7 @@ def _run_exporter(subject: Subject, dynamic: Any, opset: int) -> ir.Model:
 
     is_program = subject.kind == "exported-program"
     try:
-        with _quiet() as said:
+        with quiet() as said:
             program = torch.onnx.export(
                 subject.program,
                 (),
@@ -304,150 +287,10 @@ def _run_exporter(subject: Subject, dynamic: Any, opset: int) -> ir.Model:
             )
     except (torch.onnx.OnnxExporterError, RuntimeError, ValueError, TypeError, NotImplementedError) as error:
         raise ModelError(
-            f"torch can't export {subject.origin!r}: {_first_line(error.__cause__ or error)}",
-            hint=_last_line(said.getvalue()) or "see torch.export's documentation on what can be traced",
+            f"torch can't export {subject.origin!r}: {first_line(error.__cause__ or error)}",
+            hint=last_line(said.getvalue()) or "see torch.export's documentation on what can be traced",
         ) from error
     model: ir.Model = program.model
     for key in [key for key in model.metadata_props if key.startswith("pkg.torch")]:
         del model.metadata_props[key]
     return model
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[text_io.StringIO]:
-    """Catch what torch prints, warns and logs: stdout belongs to the report."""
-    said, disabled = text_io.StringIO(), logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield said
-    finally:
-        logging.disable(disabled)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
-
-
-def _last_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else ""
-
-
-def differences(model: ir.Model, subject: Subject) -> Iterator[str]:
-    """Where the exported model isn't torch's: on the example, then with each dynamic axis at another size. Output
-    sizes that move although the exporter declared them static are made dynamic on the way, in place."""
-    session = _session(model)
-    found, different = _compare(session, subject.module, subject.feed)
-    if different:
-        yield different
-        return
-    for symbol, axes in _symbols(model, subject.feed).items():
-        name, axis = axes[0]
-        size = subject.feed[name].shape[axis]
-        for other in (size + 1, 2 * size, max(1, size - 1)):
-            feed = _with_size(subject.feed, axes, other)
-            if not _torch_takes(subject.module, feed):
-                continue
-            found, different = _compare(session, subject.module, feed)
-            if different:
-                yield f"axis {axis} of {name!r} ({symbol}) was frozen at {size}: with {other}, {different}"
-            else:
-                _free_outputs(model, found)
-            break
-
-
-def _free_outputs(model: ir.Model, found: list[NDArray[Any]]) -> None:
-    for value, array in zip(model.graph.outputs, found, strict=True):
-        if value.shape is not None and len(value.shape) == array.ndim:
-            pairs = enumerate(zip(value.shape, array.shape, strict=True))
-            moved = {axis for axis, (dim, size) in pairs if isinstance(dim, int) and dim != size}
-            value.shape = ir.Shape(
-                [f"{value.name}_axis{axis}" if axis in moved else dim for axis, dim in enumerate(value.shape)]
-            )
-
-
-def _symbols(model: ir.Model, feed: Feed) -> dict[str, list[tuple[str, int]]]:
-    """Dynamic size's name -> the (input, axis) it stands at. Derived sizes are left out."""
-    found: dict[str, list[tuple[str, int]]] = {}
-    for value in model.graph.inputs:
-        for axis, dim in enumerate(value.shape or ()):
-            symbol = dim.value if isinstance(dim, ir.SymbolicDim) else None
-            if symbol is not None and symbol.isidentifier() and value.name in feed:
-                found.setdefault(symbol, []).append((value.name, axis))
-    return found
-
-
-def _with_size(feed: Feed, axes: list[tuple[str, int]], size: int) -> Feed:
-    changed = dict(feed)
-    for name, axis in axes:
-        shape = list(changed[name].shape)
-        shape[axis] = size
-        changed[name] = _resized(changed[name], tuple(shape))
-    return changed
-
-
-def _torch_takes(module: Any, feed: Feed) -> bool:
-    try:
-        _torch_outputs(module, feed)
-    except (RuntimeError, ValueError, IndexError, TypeError, AssertionError):
-        return False
-    return True
-
-
-def _torch_outputs(module: Any, feed: Feed) -> list[NDArray[Any]]:
-    import torch
-    from torch.utils import _pytree as pytree
-
-    with torch.no_grad(), _quiet():
-        leaves = pytree.tree_leaves(module(**feed))
-    return [
-        leaf.detach().float().numpy() if leaf.dtype == torch.bfloat16 else leaf.detach().numpy()
-        for leaf in leaves
-        if isinstance(leaf, torch.Tensor)
-    ]
-
-
-def _session(model: ir.Model) -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    with tempfile.TemporaryDirectory(prefix="edgeq-", ignore_cleanup_errors=True) as folder:
-        path = Path(folder) / "model.onnx"
-        io.write(model, path)
-        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-
-
-def _compare(session: Any, module: Any, feed: Feed) -> tuple[list[NDArray[Any]], str]:
-    """The runtime's outputs for ``feed``, and how they differ from torch's; empty when they agree."""
-    from onnxruntime.capi import onnxruntime_pybind11_state as state
-
-    expected = _torch_outputs(module, feed)
-    taken = {item.name for item in session.get_inputs()}
-    try:
-        found = session.run(None, {name: tensor.numpy() for name, tensor in feed.items() if name in taken})
-    except (state.Fail, state.InvalidArgument, state.RuntimeException) as error:
-        return [], f"the runtime fails: {_first_line(error)}"
-    if len(found) != len(expected):
-        return found, f"{len(found)} outputs instead of {len(expected)}"
-    for item, a, b in zip(session.get_outputs(), expected, found, strict=True):
-        if a.shape != b.shape:
-            return found, f"output {item.name!r} has shape {list(b.shape)} instead of {list(a.shape)}"
-        if a.size and not _agree(a, b):
-            return found, f"output {item.name!r} is off by {np.abs(a.astype(np.float64) - b).max():.3g}"
-    return found, ""
-
-
-def _agree(a: NDArray[Any], b: NDArray[Any]) -> bool:
-    if not np.issubdtype(a.dtype, np.floating):
-        return bool(np.mean(a != b) <= 0.01)  # an index may flip between equals
-    limit = AGREES * (20 if a.dtype == np.float16 else 1)
-    finite = np.isfinite(a)
-    if not np.array_equal(finite, np.isfinite(b)):
-        return False
-    peak = float(np.abs(a[finite]).max(initial=0.0))
-    difference = np.abs(a[finite].astype(np.float64) - b[finite]).max(initial=0.0)
-    return bool(difference <= limit * max(peak, 1e-6))
