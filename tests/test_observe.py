@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnxruntime.quantization.calibrate import CalibrationDataReader, MinMaxCalibrater
 
-from edgeq.analyse import observe as module
+from edgeq.analyse import slices, store
 from edgeq.analyse.observe import Observation, observe
 from edgeq.analyse.stats import HISTOGRAM_ELEMENTS, RESERVOIR, Reservoir, Stats, merge
 from edgeq.analyse.store import Store
@@ -149,7 +149,7 @@ def test_the_number_of_threads_changes_nothing():
 
 def test_taps_beyond_the_byte_budget_are_split_and_seen_whole(monkeypatch):
     opened = []
-    monkeypatch.setattr(module, "open_session", lambda *a, **k: opened.append(1) or open_session(*a, **k))
+    monkeypatch.setattr(slices, "open_session", lambda *a, **k: opened.append(1) or open_session(*a, **k))
     feeds = images(3) + images(2, size=40)  # grows on the way
     whole = observe(cnn(), CNN_TAPS, samples_of(feeds), threads=2)
     assert len(opened) == 1
@@ -353,13 +353,13 @@ def test_an_interrupted_pass_goes_on_where_it_stopped(tmp_path, error, threads):
 
 
 def test_a_pass_cut_off_without_warning_has_its_last_checkpoint(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "CHECKPOINT_S", -1.0)  # after every sample
-    feeds, store = images(5), Store(tmp_path)
+    monkeypatch.setattr(store, "CHECKPOINT_S", -1.0)  # after every sample
+    feeds, kept = images(5), Store(tmp_path)
     with pytest.raises(ModelError):  # sample 3 fails in the run, not between samples
-        observe(cnn(), ["x"], samples_of([*feeds[:3], {"x": np.ones((1, 3, 2, 2), np.int64)}]), threads=2, store=store)
-    monkeypatch.setattr(module, "CHECKPOINT_S", 1e9)
+        observe(cnn(), ["x"], samples_of([*feeds[:3], {"x": np.ones((1, 3, 2, 2), np.int64)}]), threads=2, store=kept)
+    monkeypatch.setattr(store, "CHECKPOINT_S", 1e9)
     rest = Counted(feeds[:4])
-    assert observe(cnn(), ["x"], rest.samples(), threads=2, store=store)["x"].samples == 4
+    assert observe(cnn(), ["x"], rest.samples(), threads=2, store=kept)["x"].samples == 4
     assert rest.read == [3]
 
 

@@ -1,40 +1,35 @@
 """Streaming calibration: samples through the float model once, statistics of the tapped tensors out (L5).
 
-The taps become outputs of a session at the runtime's full optimisation: measured on EfficientNet-Lite0 that is twice
-as fast as with its layouts off and moves values by 2e-5 of their range, 1/250 of an 8-bit step. Taps that together pass
-a byte budget are split among sessions that stay open side by side: fetching a part of one session's outputs would not
-do, since the runtime keeps them all until the run ends (measured), and a pass over the data per session would read
-every sample again, which for images costs as much as running it. The statistics of one slice are computed while the
-next one runs, since the runtime gives up Python's lock; each Stats is touched by one thread at a time and in the order
-of the samples, so the result does not depend on the threads.
+Every sample is read once and run through the sessions of ``slices``, which return the taps and nothing else, instead
+of a pass over the data a group of taps: reading an image costs as much as running it. Statistics are computed while
+the next slice runs, since the runtime gives up Python's lock; each Stats is touched by one thread at a time and in the
+order of the samples, so the result does not depend on the threads.
 """
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
 from numpy.typing import NDArray
 
-from edgeq.analyse.cost import inferred_shapes
-from edgeq.analyse.stats import HISTOGRAM_ELEMENTS, RESERVOIR, Arrays, Stats
-from edgeq.analyse.store import Store, key_of
+from edgeq.analyse.slices import Slices
+from edgeq.analyse.stats import HISTOGRAM_ELEMENTS, RESERVOIR, Stats
+from edgeq.analyse.store import Checkpoint, Store, key_of, load_stats
 from edgeq.errors import ModelError, SampleError, did_you_mean
 from edgeq.ir import io, query
 from edgeq.report.progress import Progress, Silent
 from edgeq.report.record import Notice
 from edgeq.run.record import Array, Feed, Samples
-from edgeq.run.session import open_session, run_session
+from edgeq.run.session import run_session
 
 VERSION = 1  # raised when the same data would give other statistics: stored ones are then not found
 BYTE_BUDGET = 256 << 20
-CHECKPOINT_S = 10.0
 PADDING_MASK = "attention_mask"
 
 _CHANNELS_AT_1 = frozenset({"Conv", "ConvTranspose", "BatchNormalization", "InstanceNormalization"})
@@ -76,7 +71,7 @@ def observe(
     """Statistics of the values named ``taps`` over all ``samples``; one pass, memory independent of their number.
 
     At most ``byte_budget`` bytes of tapped tensors are alive at a time (a single larger tensor excepted). Tensors above
-    ``histogram_elements`` enter the histogram in strides; extremes and sums stay exact. ``masks`` names for a tap
+    ``histogram_elements`` enter the histogram in strides; extremes and means stay exact. ``masks`` names for a tap
     [b, s, …] the input [b, s] whose zeros are padding, to be left out; None looks for ``attention_mask`` at every tap.
     With a ``store``, stored taps are not observed again and an interrupted pass goes on where it stopped.
     Raises ModelError for a tap that doesn't exist or isn't real, SampleError without samples.
@@ -85,15 +80,15 @@ def observe(
     if samples.count == 0:
         raise SampleError(f"no samples in {samples.origin}", hint="calibration needs at least one")
     keys = _keys(model, values, samples, histogram_elements, masks) if store is not None else {}
-    found = _load(store, keys)
+    found = {tap: stats for tap, key in keys.items() if store and (stats := load_stats(store, key))}
     missing = {tap: value for tap, value in values.items() if tap not in found}
     ran = Observation({})
     notices: list[Notice] = []
     if missing:
         job = _Job(model, missing, samples, threads, byte_budget, masks)
-        checkpoint = _Checkpoint(store, key_of(keys[tap] for tap in missing) if store else "", missing)
+        checkpoint = Checkpoint(store, key_of(keys[tap] for tap in missing), missing) if store else None
         ran = _pass(job, checkpoint, histogram_elements, progress or Silent())
-        if store is not None and not _keep(store, keys, ran, checkpoint):
+        if store and checkpoint and not _keep(store, keys, ran, checkpoint):
             notices.append(Notice("warning", "store", f"statistics can't be kept in {store.folder}"))
     result = Observation({tap: found[tap] if tap in found else ran[tap] for tap in values})
     result.ran, result.reused, result.seconds = ran.ran, len(found), ran.seconds
@@ -149,12 +144,13 @@ class _Job:
         return self.byte_budget // 2 if self.counters else self.byte_budget
 
 
-def _pass(job: _Job, checkpoint: _Checkpoint, elements: int, progress: Progress) -> Observation:
+def _pass(job: _Job, checkpoint: Checkpoint | None, elements: int, progress: Progress) -> Observation:
     """Run every sample not yet counted. An interruption between two samples loses none of them."""
-    stats, done = checkpoint.read()
+    stats, done = checkpoint.read() if checkpoint else ({}, 0)
     for tap in job.values:
         stats.setdefault(tap, Stats(elements))
-    result, slices, whole = Observation(stats), _Slices(job), True
+    slices = Slices(job.model, list(job.values), job.slice_bytes, max(job.threads - job.counters, 1))
+    result, whole = Observation(stats), True
     with _Counter(job, result) as counter, progress.stage("observe", job.samples.count):
         progress.advance(done)
         try:
@@ -168,12 +164,12 @@ def _pass(job: _Job, checkpoint: _Checkpoint, elements: int, progress: Progress)
                 done, whole = index + 1, True
                 result.ran += 1
                 progress.advance()
-                if checkpoint.due():
+                if checkpoint and checkpoint.due():
                     counter.wait()
                     checkpoint.write(result, done)
             counter.wait()
         except BaseException:  # Ctrl-C too: what is counted is kept, then it goes on its way
-            if whole and counter.drained():
+            if checkpoint and whole and counter.drained():
                 checkpoint.write(result, done)
             raise
     return result
@@ -200,75 +196,6 @@ def _run(
             raise _not_real(name, dtype)
     result.seconds["run"] += time.perf_counter() - start
     return outputs
-
-
-class _Slices:
-    """Taps split so that no run's tapped tensors pass the budget, a session a slice.
-
-    Sizes are inferred for the first feed, then learnt from what comes out; for a larger feed they are taken to grow
-    in proportion. Splitting again opens sessions again, so it then leaves room for twice the size.
-    """
-
-    def __init__(self, job: _Job) -> None:
-        self.job = job
-        self.sizes: dict[str, int] = {}
-        self.feed_bytes = 0  # of the largest feed the sizes stand for
-        self.slices: list[tuple[onnxruntime.InferenceSession | None, list[str]]] = []
-
-    def of(self, feed: Feed) -> list[tuple[onnxruntime.InferenceSession | None, list[str]]]:
-        """The slices for this feed: session (None when all taps are inputs) and names."""
-        size = sum(array.nbytes for array in feed.values())
-        if not self.slices:
-            self.sizes, self.feed_bytes = self._inferred(feed), size
-            self._split()
-        elif size > self.feed_bytes:
-            self.sizes = {name: bytes_ * size // max(self.feed_bytes, 1) for name, bytes_ in self.sizes.items()}
-            self.feed_bytes = size
-        if any(len(names) > 1 and self._bytes(names) > self.job.slice_bytes for _, names in self.slices):
-            self.sizes = {name: 2 * bytes_ for name, bytes_ in self.sizes.items()}
-            self._split()
-        return self.slices
-
-    def learn(self, outputs: Mapping[str, Array]) -> None:
-        """Correct what was inferred by what came out of a feed; sizes only grow."""
-        for name, array in outputs.items():
-            self.sizes[name] = max(self.sizes[name], array.nbytes)
-
-    def _bytes(self, names: Sequence[str]) -> int:
-        return sum(self.sizes[name] for name in names)
-
-    def _inferred(self, feed: Feed) -> dict[str, int]:
-        """Bytes a tap; one of unknown shape is taken to be as large as the largest known."""
-        shapes = inferred_shapes(self.job.model, feed)
-        known = {name: 4 * math.prod(shapes[name]) for name in self.job.values if name in shapes}
-        return {name: known.get(name, max(known.values(), default=0)) for name in self.job.values}
-
-    def _split(self) -> None:
-        self.slices = []  # closes the old sessions before new ones take memory
-        names: list[str] = []
-        groups = [names]
-        for name in self.job.values:
-            if names and self._bytes([*names, name]) > self.job.slice_bytes:
-                names = []
-                groups.append(names)
-            names.append(name)
-        self.slices = [(_tapped_session(self.job, names), names) for names in groups]
-
-
-def _tapped_session(job: _Job, names: Sequence[str]) -> onnxruntime.InferenceSession | None:
-    """A session of the model whose outputs are these values alone."""
-    clone = job.model.clone()
-    outputs = {value.name: value for node in clone.graph for value in node.outputs}
-    wanted = [outputs[name] for name in names if name in outputs]
-    if not wanted:
-        return None
-    for value in wanted:
-        value.shape = None  # the runtime infers it; a declared one may be wrong for this feed
-    clone.graph.outputs[:] = wanted
-    # Threads waiting in a spin would take the cores the statistics need.
-    return open_session(
-        clone, threads=max(job.threads - job.counters, 1), config={"session.intra_op.allow_spinning": "0"}
-    )
 
 
 class _Counter:
@@ -366,68 +293,13 @@ def _keys(
     return {tap: key_of((*common, tap, PADDING_MASK if masks is None else masks.get(tap, ""))) for tap in taps}
 
 
-def _load(store: Store | None, keys: Mapping[str, str]) -> dict[str, Stats]:
-    found = {}
-    for tap, key in keys.items() if store is not None else ():
-        stats = _stats_of(store.load(key)) if store is not None else None
-        if stats is not None:
-            found[tap] = stats
-    return found
-
-
-def _stats_of(arrays: Arrays | None) -> Stats | None:
-    """None for what isn't there or was written by something else."""
-    try:
-        return None if arrays is None else Stats.from_arrays(arrays)
-    except (KeyError, ValueError, TypeError, IndexError):
-        return None
-
-
-def _keep(store: Store, keys: Mapping[str, str], observed: Mapping[str, Stats], checkpoint: _Checkpoint) -> bool:
+def _keep(store: Store, keys: Mapping[str, str], observed: Mapping[str, Stats], checkpoint: Checkpoint) -> bool:
     """Store every tap's statistics in place of the checkpoint. False when the folder can't be written."""
     kept = all(store.save(keys[tap], stats.to_arrays()) for tap, stats in observed.items())
     if kept:
         checkpoint.drop()
     store.evict()
     return kept
-
-
-@dataclass
-class _Checkpoint:
-    """The state of an unfinished pass: statistics of every tap and the number of samples in them."""
-
-    store: Store | None
-    key: str
-    taps: Collection[str]
-    last: float = field(default_factory=time.monotonic)
-
-    def due(self) -> bool:
-        return self.store is not None and time.monotonic() - self.last > CHECKPOINT_S
-
-    def write(self, stats: Mapping[str, Stats], done: int) -> None:
-        """Keep the state after ``done`` samples; a folder that can't be written is told of at the end."""
-        if self.store is None or done == 0:
-            return
-        arrays: Arrays = {"done": np.array(done)}
-        for place, tap in enumerate(self.taps):
-            arrays.update((f"{place}.{name}", array) for name, array in stats[tap].to_arrays().items())
-        self.store.save(self.key, arrays)
-        self.last = time.monotonic()
-
-    def read(self) -> tuple[dict[str, Stats], int]:
-        """Statistics by tap and the number of samples in them: nothing and 0 without a whole checkpoint."""
-        arrays = (self.store.load(self.key) if self.store is not None else None) or {}
-        parts: list[Arrays] = [{} for _ in self.taps]
-        for name, array in arrays.items():
-            place, _, rest = name.partition(".")
-            if rest and int(place) < len(parts):
-                parts[int(place)][rest] = array
-        stats = {tap: found for tap, part in zip(self.taps, parts, strict=True) if (found := _stats_of(part))}
-        return (stats, int(arrays["done"])) if len(stats) == len(parts) and "done" in arrays else ({}, 0)
-
-    def drop(self) -> None:
-        if self.store is not None:
-            self.store.drop(self.key)
 
 
 def _notices(tap: str, stats: Stats) -> Iterator[Notice]:

@@ -12,17 +12,20 @@ import os
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeq.analyse.stats import Arrays, Stats
 from edgeq.target.oracle import cache_folder
 
 CAP_BYTES = 1 << 30
+CHECKPOINT_S = 10.0
 STALE_S = 3600.0  # a partial file older than this belongs to nobody any more
 
 
@@ -97,3 +100,55 @@ class Store:
                 gone += 1
             excess -= size
         return gone
+
+
+def load_stats(store: Store, key: str) -> Stats | None:
+    """The statistics saved under ``key``; None for what isn't there or was written by something else."""
+    arrays = store.load(key)
+    return None if arrays is None else _stats_of(arrays)
+
+
+def _stats_of(arrays: Arrays) -> Stats | None:
+    try:
+        return Stats.from_arrays(arrays)
+    except (KeyError, ValueError, TypeError, IndexError):
+        return None
+
+
+@dataclass
+class Checkpoint:
+    """The state of an unfinished pass: statistics of every tap and the number of samples in them."""
+
+    store: Store
+    key: str
+    taps: Collection[str]
+    last: float = field(default_factory=time.monotonic)
+
+    def due(self) -> bool:
+        """Whether the last state kept is ``CHECKPOINT_S`` old."""
+        return time.monotonic() - self.last > CHECKPOINT_S
+
+    def write(self, stats: Mapping[str, Stats], done: int) -> None:
+        """Keep the state after ``done`` samples; a folder that can't be written is told of at the end."""
+        if done == 0:
+            return
+        arrays: Arrays = {"done": np.array(done)}
+        for place, tap in enumerate(self.taps):
+            arrays.update((f"{place}.{name}", array) for name, array in stats[tap].to_arrays().items())
+        self.store.save(self.key, arrays)
+        self.last = time.monotonic()
+
+    def read(self) -> tuple[dict[str, Stats], int]:
+        """Statistics by tap and the number of samples in them: nothing and 0 without a whole checkpoint."""
+        arrays = self.store.load(self.key) or {}
+        parts: list[Arrays] = [{} for _ in self.taps]
+        for name, array in arrays.items():
+            place, _, rest = name.partition(".")
+            if rest and int(place) < len(parts):
+                parts[int(place)][rest] = array
+        stats = {tap: found for tap, part in zip(self.taps, parts, strict=True) if (found := _stats_of(part))}
+        return (stats, int(arrays["done"])) if len(stats) == len(parts) and "done" in arrays else ({}, 0)
+
+    def drop(self) -> None:
+        """Forget the state; the pass is finished."""
+        self.store.drop(self.key)
