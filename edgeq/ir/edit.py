@@ -19,6 +19,7 @@ class Names:
 
     def __init__(self, model: ir.Model) -> None:
         self.taken: set[str] = set()
+        self.counts: dict[str, int] = {}
         for graph in model.graphs():
             self.taken.update(value.name or "" for value in graph.inputs)
             self.taken.update(graph.initializers)
@@ -27,11 +28,12 @@ class Names:
                 self.taken.update(value.name or "" for value in node.outputs)
 
     def fresh(self, wanted: str) -> str:
-        name, count = wanted, 1
+        name, count = wanted, self.counts.get(wanted, 1)
         while name in self.taken:
             count += 1
             name = f"{wanted}_{count}"
         self.taken.add(name)
+        self.counts[wanted] = count  # where the next search starts: unnamed nodes all want one name
         return name
 
 
