@@ -322,10 +322,20 @@ def _validate(
         for draft in floats if draft.path != reference
     ]  # fmt: skip
     with context.recorder.step("validate", len(held_out)):
-        return measure(
+        found = measure(
             reference, settled.chosen.path, held_out, metric=wanted.metric, limits=wanted.limits(),
             threads=target.threads, floats=others, provider=target.provider, config=target.session, seed=context.seed,
         )  # fmt: skip
+    return (
+        found if settled.chosen.plan is not None else replace(found, checks=tuple(map(_against_itself, found.checks)))
+    )
+
+
+def _against_itself(check: Check) -> Check:
+    """A float file that ships is compared with itself: its ratio is noise around 1 and no limit of ours may fail it."""
+    if not check.name.startswith("latency_ratio") or check.limit != 1.0:
+        return check
+    return replace(check, limit=None, passed=True, note=f"{check.note}; the float model itself ships")
 
 
 def _package(

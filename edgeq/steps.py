@@ -17,7 +17,7 @@ from edgeq.analyse import encode as encoding
 from edgeq.analyse import place as placement
 from edgeq.analyse import smoothing
 from edgeq.analyse.cost import concrete_shapes
-from edgeq.analyse.coverage import coverage, unfused
+from edgeq.analyse.coverage import read_back
 from edgeq.analyse.measure import measure
 from edgeq.analyse.observe import observe
 from edgeq.analyse.sensitivity import sensitivity
@@ -127,8 +127,7 @@ class Quantizer:
         for _ in range(FUSION_ROUNDS):
             plan = self.plan(extra)
             model = self.build(plan)
-            seen = coverage(model, plan, self.shapes, self.context.target)
-            wrong = unfused(seen, plan)
+            seen, wrong = read_back(model, plan, self.shapes, self.context.target)
             if not wrong:
                 break
             self.keep_float.update(wrong)

@@ -94,8 +94,9 @@ def is_mover(node: ir.Node) -> bool:
     return node.op_type not in QDQ and first is not None and first.dtype in INTEGERS and not is_integer(node)
 
 
-def coverage(model: ir.Model, plan: Plan, shapes: Shapes, target: Target) -> Coverage:
-    """What the QDQ ``model`` becomes on ``target``. ``shapes``: concrete ones of the float model's values."""
+def read_back(model: ir.Model, plan: Plan, shapes: Shapes, target: Target) -> tuple[Coverage, dict[str, str]]:
+    """What the QDQ ``model`` becomes on ``target``, and the atoms that were planned integer but run in float, with the
+    reason to plan them float. ``shapes``: concrete ones of the float model's values."""
     seen = optimised(model, target)
     _propagate_types(seen.graph)
     traced = trace(model, seen.graph)
@@ -119,7 +120,12 @@ def coverage(model: ir.Model, plan: Plan, shapes: Shapes, target: Target) -> Cov
             group.append(node)
     heads = {str(node.name): atom for atom in plan.atoms for node in atom.nodes}
     done = {heads[traced.origin[str(n.name)]].name for n in integer if traced.origin[str(n.name)] in heads}
-    return _summary(plan, shapes, done, (integer, movers, floats, boundary), traced)
+    odd = _unexplained(boundary, plan, traced)
+    summary = _summary(plan, shapes, done, (integer, movers, floats, boundary), tuple(odd))
+    lost = {name for name in odd.values() if name} | {
+        island.node for island in summary.float_islands if island.node in plan.integer
+    }
+    return summary, dict.fromkeys(lost, "the runtime did not fuse it in its place in this graph")
 
 
 def _summary(
@@ -127,7 +133,7 @@ def _summary(
     shapes: Shapes,
     done: set[str],
     groups: tuple[list[ir.Node], list[ir.Node], list[ir.Node], list[ir.Node]],
-    traced: Trace,
+    unexplained: tuple[str, ...],
 ) -> Coverage:
     integer, movers, floats, boundary = groups
     work = {atom.name: query.macs(atom.head, shapes.get(str(atom.head.outputs[0].name))) for atom in plan.atoms}
@@ -144,7 +150,7 @@ def _summary(
         float_nodes=len(floats),
         boundary_qdq=len(boundary),
         float_islands=tuple(sorted(islands, key=lambda island: -island.macs)),
-        unexplained=tuple(_unexplained(boundary, plan, traced)),
+        unexplained=unexplained,
         kernels=dict(Counter(node.op_type for node in (*integer, *movers))),
     )
 
@@ -161,33 +167,27 @@ def _why_float(name: str, plan: Plan) -> str:
     return plan.left_float.get(name, "not considered")
 
 
-def _unexplained(boundary: list[ir.Node], plan: Plan, traced: Trace) -> list[str]:
-    """Q/DQ that stand at no border: a stored constant decoded on each run, or a planned kernel that did not fuse."""
+def _unexplained(boundary: list[ir.Node], plan: Plan, traced: Trace) -> dict[str, str]:
+    """Q/DQ that stand at no border -> the planned atom that did not fuse, or "" for a stored constant that is decoded
+    on each run."""
     planned = {str(node.name): atom.name for atom in plan.atoms if atom.name in plan.integer for node in atom.nodes}
-    odd = []
+
+    def failed(node: ir.Node | None) -> str | None:
+        if node is None or is_integer(node) or node.op_type in QDQ:
+            return None
+        return planned.get(traced.origin.get(str(node.name), ""))
+
+    odd: dict[str, str] = {}
     for node in boundary:
-        if node.op_type == "DequantizeLinear":
-            stored = query.is_constant(node.inputs[0])
-            readers = [traced.origin.get(str(user.name), "") for user in query.users(node.outputs[0])]
-            if stored or any(
-                origin in planned and not is_integer(user)
-                for origin, user in zip(readers, query.users(node.outputs[0]), strict=True)
-            ):
-                odd.append(str(node.name))
-        else:
-            source = node.inputs[0].producer() if node.inputs[0] is not None else None
-            if source is not None and traced.origin.get(str(source.name), "") in planned and not is_integer(source):
-                odd.append(str(node.name))
+        around: list[ir.Node | None] = (
+            [*query.users(node.outputs[0])]
+            if node.op_type == "DequantizeLinear"
+            else [value.producer() for value in node.inputs[:1] if value is not None]
+        )
+        guilty = [name for name in map(failed, around) if name is not None]
+        if guilty or (node.op_type == "DequantizeLinear" and query.is_constant(node.inputs[0])):
+            odd[str(node.name)] = guilty[0] if guilty else ""
     return odd
-
-
-def unfused(seen: Coverage, plan: Plan) -> dict[str, str]:
-    """Atoms that were planned integer and run in float, with the reason to keep them float in the next plan."""
-    return {
-        island.node: "the runtime did not fuse it in its place in this graph"
-        for island in seen.float_islands
-        if island.node in plan.integer
-    }
 
 
 def _propagate_types(graph: ir.Graph) -> None:

@@ -323,7 +323,7 @@ def _plan(atoms: tuple[Atom, ...], labels: set[str], target: Target, keep_float:
             continue
         for value in atom.outputs:
             tensors[str(value.name)] = target.activations
-            if atom.verdict.kind == "mover":
+            if OPS[atom.head.op_type].keeps_scale:
                 ties[str(value.name)] = str(atom.inputs[0].name)
     return Plan(
         tensors,

@@ -90,14 +90,17 @@ def _integer_drafts(quantizer: Quantizer, judge: Judge, context: Context, folder
         return []
     if first.plan is not None:
         quantizer.learn_costs(first.plan, first.model)
-    drafts = [first]
     second = _draft("int8 where this machine gains", quantizer, context, folder)
-    if second is not None and second.plan is not None and first.plan is not None:
-        if second.plan.integer.keys() == first.plan.integer.keys():
-            drafts = [second]
-        else:
-            drafts.append(second)
-    return [_repaired(draft, quantizer, judge, context, folder) for draft in drafts]
+    if second is None or _same(first, second):
+        return [_repaired(_judged(first, judge, context), quantizer, judge, context, folder)]
+    drafts = [_judged(draft, judge, context) for draft in (first, second)]
+    if any(draft.accurate for draft in drafts):
+        return drafts
+    return [drafts[0], _repaired(drafts[1], quantizer, judge, context, folder)]
+
+
+def _same(one: Draft, other: Draft) -> bool:
+    return one.plan is not None and other.plan is not None and one.plan.integer.keys() == other.plan.integer.keys()
 
 
 def _draft(
@@ -122,7 +125,6 @@ def _judged(draft: Draft, judge: Judge, context: Context) -> Draft:
 
 def _repaired(draft: Draft, quantizer: Quantizer, judge: Judge, context: Context, folder: Path) -> Draft:
     """The draft itself when accurate, else one with as few atoms in float as make it so."""
-    draft = _judged(draft, judge, context)
     if draft.accurate or draft.plan is None:
         return draft
     ranked = _ranked(quantizer.sensitivity(draft.plan), quantizer, draft.plan)
