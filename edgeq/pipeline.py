@@ -38,7 +38,7 @@ from edgeq.target.detect import cpu_flags
 from edgeq.target.load import load_target
 from edgeq.target.oracle import Oracle
 from edgeq.target.record import Target
-from edgeq.validator import Judge, Validation
+from edgeq.validator import Judge, Validation, latency, refuse_unmeasured, size
 from edgeq.validator import validate as measure
 from edgeq.version import __version__
 
@@ -46,6 +46,7 @@ HELD_OUT = 0.25  # share of the calibration samples kept for evaluation when non
 GOLDEN_SAMPLES = 3
 TIMED_SAMPLES = 4
 LAYER_SAMPLES = 4
+VALIDATE_SECONDS = 15.0  # a thread count
 SYNTHETIC_SAMPLES = 32
 
 
@@ -126,7 +127,7 @@ def export(
         floats = _floats(source, prepared, reference, judge, context, folder)
         feeds = [*take(held_out, TIMED_SAMPLES)]
         settled = settle(floats, prepared.quantizer, judge, feeds, context, folder)
-        validation = _validate(settled, floats, reference, held_out, wanted, context)
+        validation = _validate(settled, floats, judge, held_out, wanted, context)
         report = _report(settled, validation, info, plan, prepared, calibrate, held_out, context)
         if dump is not None:
             _dump(Path(dump), source, prepared, settled)
@@ -216,13 +217,13 @@ def bench(
     feed = feeds_like(session, seed)
     feed |= {name: np.resize(feed[name], shape).astype(feed[name].dtype) for name, shape in pins.items()}
     rounds: dict[str, Any] = {} if repeats is None else {"rounds": repeats, "min_seconds": 0.0, "max_seconds": 0.0}
-    latency: dict[str, dict[int, Timing]] = {config.name: {} for config in configs}
+    timings: dict[str, dict[int, Timing]] = {config.name: {} for config in configs}
     checks = []
     for count in chosen.threads:
         with recorder.step(f"time, {count} threads"):
             run = compare(configs, [feed], threads=count, seed=seed, **rounds)
         for config in configs:
-            latency[config.name][count] = run[config.name]
+            timings[config.name][count] = run[config.name]
         for config in configs[1:]:
             found = ratio(run[config.name], run[configs[0].name])
             checks.append(
@@ -232,7 +233,7 @@ def bench(
     return Report(
         source={"origin": [str(model) for model in models]}, target=_target_facts(chosen), recipe="bench",
         steps=tuple(recorder.steps), checks=tuple(checks), environment=_environment(),
-        latency=_threads_as_text(latency),
+        latency=_threads_as_text(timings),
         samples={"evaluation": {"origin": "random", "synthetic": True}},
     )  # fmt: skip
 
@@ -260,10 +261,8 @@ def _read(
         settings: dict[str, Any] = {"preprocessing": _preprocessing(preprocessing), "model_folder": place}
         samples = load_samples(spec, source, limit=limit, **settings)
         if any(query.is_control_flow(node) for node in source.graph):
-            source, info = read_model(
-                source if isinstance(model, ir.Model) else model, opset=target.opset, pins=_pins(inputs),
-                example=_fixed_scalars(samples),
-            )  # fmt: skip
+            pins = {**_fixed_shapes(samples), **_pins(inputs)}  # branches on shapes need the shapes
+            source, info = read_model(model, opset=target.opset, pins=pins, example=_fixed_scalars(samples))
         facts.update(nodes=source.graph.num_nodes(), opset_found=info.opset, notes=info.notes)
     for name, value in info.fixed.items():
         recorder.warn("fixed-input", f"input {name!r} is {value} in every sample and was fixed: other values are wrong")
@@ -290,6 +289,14 @@ def _fixed_scalars(samples: Samples) -> Feed:
     return scalars
 
 
+def _fixed_shapes(samples: Samples) -> dict[str, tuple[int, ...]]:
+    """Shapes of the inputs whose shape is the same in every sample."""
+    shapes = {name: array.shape for name, array in samples.read(0).items()}
+    for feed in samples:
+        shapes = {name: shape for name, shape in shapes.items() if feed[name].shape == shape}
+    return shapes
+
+
 def _floats(
     source: ir.Model, prepared: steps.Prepared, reference: Path, judge: Judge, context: steps.Context, folder: Path
 ) -> list[Draft]:
@@ -309,26 +316,23 @@ def _floats(
 
 
 def _validate(
-    settled: Settled,
-    floats: Sequence[Draft],
-    reference: Path,
-    held_out: Samples,
-    wanted: Wanted,
-    context: steps.Context,
+    settled: Settled, floats: Sequence[Draft], judge: Judge, held_out: Samples, wanted: Wanted, context: steps.Context
 ) -> Validation:
-    target = context.target
-    others = [
-        TimedConfig(draft.name, draft.path, config=target.session, provider=target.provider)
-        for draft in floats if draft.path != reference
-    ]  # fmt: skip
+    """The choice measured once more, longer and beside every float file: what ships is what this says."""
+    target, chosen, limits = context.target, settled.chosen, wanted.limits()
+    configs = [TimedConfig(draft.name, draft.path, config=target.session, provider=target.provider) for draft in floats]
+    artifact = TimedConfig("artifact", chosen.path, config=target.session, provider=target.provider)
     with context.recorder.step("validate", len(held_out)):
-        found = measure(
-            reference, settled.chosen.path, held_out, metric=wanted.metric, limits=wanted.limits(),
-            threads=target.threads, floats=others, provider=target.provider, config=target.session, seed=context.seed,
+        accurate = chosen.checks or judge(chosen.path)
+        fast = latency(
+            configs, artifact, [*take(held_out, TIMED_SAMPLES)], threads=target.threads, limits=limits,
+            max_seconds=VALIDATE_SECONDS, seed=context.seed,
         )  # fmt: skip
-    return (
-        found if settled.chosen.plan is not None else replace(found, checks=tuple(map(_against_itself, found.checks)))
-    )
+    checks = (*accurate, *fast.checks, *size(floats[0].path, chosen.path, limits))
+    refuse_unmeasured(limits, checks)
+    if chosen.plan is None:
+        checks = tuple(map(_against_itself, checks))
+    return Validation(checks, fast.timings)
 
 
 def _against_itself(check: Check) -> Check:

@@ -58,11 +58,16 @@ class Context:
     def observe(self, model: ir.Model, taps: list[str]) -> dict[str, Stats]:
         """Statistics of ``taps`` over the calibration samples, from the store where they are known."""
         with self.recorder.step("observe", len(self.calibration)) as facts:
-            facts.update(tensors=len(taps), samples=len(self.calibration))
-            return observe(
+            found = observe(
                 model, taps, self.calibration, threads=self.threads, store=self.store,
                 progress=self.recorder.progress,
             )  # fmt: skip
+            facts.update(
+                tensors=len(taps), samples=len(self.calibration), samples_run=found.ran, tensors_reused=found.reused,
+                samples_until_settled=found.settled,
+            )  # fmt: skip
+        self.recorder.notices.extend(found.notices)
+        return found
 
 
 def canonicalize(model: ir.Model, context: Context) -> ir.Model:

@@ -2,8 +2,8 @@
 
 SmoothQuant (Xiao et al. 2023, arXiv 2211.10438): divide channel j of an activation by
 ``s_j = a_j^alpha / w_j^(1-alpha)`` and multiply row j of the weights behind it by the same, so that outlier channels no
-longer set the scale of all others. Instead of one alpha for the model, alpha is searched for each tensor by the error of
-the products themselves, on rows taken from calibration; a tensor that gains less than ``LEAST_GAIN_DB`` is left alone.
+longer set the scale of all others. Instead of one alpha for the model, alpha is searched for each tensor by the error
+of the products themselves, on rows taken from calibration; what gains less than ``LEAST_GAIN_DB`` is left alone.
 """
 
 from __future__ import annotations
