@@ -1,0 +1,173 @@
+"""Real models through the whole pipeline, judged by ONNX Runtime and metrics that share no code with edgeq.
+
+The bars are on what ships, so a model that falls back to float passes them: each test also asks that whatever is float
+says why. Speed is never asserted here; ``tests.bench`` measures it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import edgeq
+from tests.bench.peers import quantized
+from tests.zoo import ZOO, filetypes, photos, sentences, speech
+from tests.zoo.packages import cache, data, fetch, float_model, source
+from tests.zoo.score import cosine, metric_value, only_output, run, session
+
+pytestmark = pytest.mark.zoo
+
+REPOSITORY = Path(__file__).parents[1]
+COUNTS = {"CALIBRATION": 32, "EVALUATION": 100}  # samples: enough for the bars, few enough for two slow cores
+
+
+@dataclass(frozen=True)
+class Bar:
+    """What an exported model is held to: the metric's largest drop, the least agreement of classes or cosine."""
+
+    drop: float
+    agreement: float = 0.0
+    cosine: float = 0.99
+
+
+BARS = {
+    "EFL0": Bar(0.005, agreement=0.97),
+    "MBV2": Bar(0.005, agreement=0.97),
+    "OCR4r": Bar(0.005),
+    "OCR4d": Bar(0.01),  # 12 pages, about 130 boxes: one box is 0.007
+    "OCRcls": Bar(0.01, agreement=0.97),
+    "MINI6": Bar(0.02),  # 50 questions: one rank is 0.02
+    "MAGIKA": Bar(0.01, agreement=0.97),
+    "VAD": Bar(0.005),
+    "BFf": Bar(0.01),  # 100 pictures, about 150 faces: one face is 0.004
+}
+
+
+def obtainable(name: str) -> bool:
+    """Whether this machine can have the model at all: one comes from npm."""
+    return (
+        not ZOO[name].model.startswith("npm:") or (cache() / ZOO[name].model[4:]).is_file() or bool(shutil.which("npm"))
+    )
+
+
+NAMES = [name for name in ZOO if obtainable(name)]
+
+
+@pytest.fixture(autouse=True)
+def few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    for part, count in COUNTS.items():
+        monkeypatch.setenv(f"EDGEQ_ZOO_{part}", str(count))
+    for entry in (ZOO[name] for name in NAMES):
+        if entry.model.startswith("npm:"):
+            fetch(entry.model.removeprefix("npm:"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_exported_model_keeps_its_bar(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name == "OCR4d":
+        monkeypatch.setenv("EDGEQ_ZOO_CALIBRATION", "12")
+        monkeypatch.setenv("EDGEQ_ZOO_EVALUATION", "12")
+    entry, bar = ZOO[name], BARS[name]
+    report = edgeq.export(
+        source(entry), target="local", calibration=entry.calibration, evaluation=entry.evaluation,
+        metric=entry.metric, threads=[1], out=tmp_path / "model.edgeq",
+    )  # fmt: skip
+    assert report.artifact is not None and report.coverage is not None
+    samples = list(data(entry.evaluation))
+    expected, labels = run(float_model(name), samples)
+    found, _ = run(report.artifact.path, samples)
+    drop = metric_value(entry.metric, expected, labels) - metric_value(entry.metric, found, labels)
+    assert drop <= bar.drop + 1e-9
+    assert cosine(expected, found) >= bar.cosine
+    same = [only_output(a).argmax(-1) == only_output(b).argmax(-1) for a, b in zip(expected, found, strict=True)]
+    assert bar.agreement == 0 or np.mean(same) >= bar.agreement
+    assert {"latency_ratio", "size_ratio", "snr_db"} <= {check.name for check in report.checks}
+    assert report.coverage.unexplained == ()
+    assert report.coverage.integer_nodes > 0 or "float-ships" in {notice.code for notice in report.notices}
+    edgeq.verify_package(tmp_path / "model.edgeq")
+    _assert_signature_kept(name, Path(report.artifact.path))
+
+
+def _assert_signature_kept(name: str, artifact: Path) -> None:
+    """Inputs (but for pinned ones), outputs and metadata of the float file are those of the artefact."""
+    before, after = session(float_model(name)), session(artifact)
+    wanted = [(value.name, value.type) for value in before.get_inputs() if value.name not in ZOO[name].pins]
+    assert [(value.name, value.type) for value in after.get_inputs()] == wanted
+    if ":" not in source(ZOO[name]):  # torch leaves outputs without names: each exporter makes up its own
+        assert [value.name for value in after.get_outputs()] == [value.name for value in before.get_outputs()]
+    metadata = before.get_modelmeta().custom_metadata_map
+    assert metadata.items() <= after.get_modelmeta().custom_metadata_map.items()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_calibration_and_evaluation_share_no_sample_and_repeat(name: str) -> None:
+    entry = ZOO[name]
+
+    def contents(spec: str) -> list[bytes]:
+        return [b"".join(np.asarray(array).tobytes() for key, array in sample.items() if key != "label")
+                for sample in data(spec, 20)]  # fmt: skip
+
+    calibration, evaluation = contents(entry.calibration), contents(entry.evaluation)
+    assert len(calibration) == len(evaluation) == 20
+    assert not set(calibration) & set(evaluation)
+    assert calibration == contents(entry.calibration)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_float_model_understands_its_data(name: str) -> None:
+    results, labels = run(float_model(name), data(ZOO[name].evaluation, 40))
+    assert metric_value(ZOO[name].metric, results, labels) > 0.7 * ZOO[name].float_metric
+
+
+def test_encoder_without_transformers_is_masked_as_bert_is() -> None:
+    """Padding that the mask hides changes nothing: what plain BERT promises and a wrong mask would break."""
+    network = session(float_model("MINI6"))
+    sample = next(iter(sentences.evaluation(1)))
+    feed = {key: value for key, value in sample.items() if key != "label"}
+    padded = {key: np.pad(value, ((0, 0), (0, 7))) for key, value in feed.items()}
+    (alone,), (with_padding,) = network.run(None, feed), network.run(None, padded)
+    np.testing.assert_allclose(with_padding[:, : alone.shape[1]], alone, atol=1e-4)
+
+
+def test_data_that_packages_ship_serves_without_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("EDGEQ_IMAGENET500", "EDGEQ_MAGIKA_EVAL"):
+        monkeypatch.delenv(name, raising=False)
+    filetypes._labelled.cache_clear()
+    try:
+        results, labels = run(float_model("EFL0"), photos.lite_evaluation(20))
+        assert metric_value(ZOO["EFL0"].metric, results, labels) >= 0.85
+        assert len(list(photos.lite_calibration(8))) == 8
+        results, labels = run(float_model("MAGIKA"), filetypes.evaluation(60))
+        assert metric_value(ZOO["MAGIKA"].metric, results, labels) >= 0.8
+    finally:
+        filetypes._labelled.cache_clear()
+    monkeypatch.setattr(speech, "PROMPTS", Path("/nonexistent"))
+    monkeypatch.setattr(speech, "MUSIC", Path("/nonexistent"))
+    results, labels = run(float_model("VAD"), speech.evaluation(200))
+    assert metric_value(ZOO["VAD"].metric, results, labels) >= 0.9
+
+
+def test_peer_that_dies_is_a_result(tmp_path: Path) -> None:
+    """Opset below 13 with per-channel weights: the runtime's quantizer writes a file that its own loader refuses."""
+    (peer,) = quantized("OCRcls", tmp_path, ["channel"], samples=2)
+    assert not peer.path
+    assert "InvalidGraph" in peer.error
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("sample", sorted((REPOSITORY / "samples").glob("[0-9]*.py")), ids=lambda path: path.stem)
+def test_sample_runs(sample: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(sample), str(tmp_path / "out")], cwd=tmp_path, capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "ships" in done.stdout
+    assert len(list((tmp_path / "out").glob("*.edgeq"))) == 1
