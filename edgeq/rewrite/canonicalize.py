@@ -15,7 +15,19 @@ import onnx_ir as ir
 
 from edgeq.errors import ModelError
 from edgeq.ir import edit, verify
-from edgeq.rewrite import activation, affine, arithmetic, fold, linear, noop, normalization, pool, shapes, share
+from edgeq.rewrite import (
+    activation,
+    affine,
+    arithmetic,
+    fold,
+    forward,
+    linear,
+    noop,
+    normalization,
+    pool,
+    shapes,
+    share,
+)
 from edgeq.rewrite.match import Rewrite
 from edgeq.rewrite.preserve import Check, preserves
 from edgeq.run.record import Feed
@@ -44,9 +56,10 @@ REWRITES: tuple[tuple[str, Rewrite], ...] = (
     ("constants-second", arithmetic.constants_second),
     ("straighten-gemm", linear.straighten_gemms),
     ("join-biases", linear.join_biases),
+    ("add-before-squeeze", affine.add_before_squeeze),
     ("fold-affine", affine.fold_affine),
     ("split-batch-norm", affine.split_batch_norm),
-    ("fold-forward", affine.fold_forward),
+    ("fold-forward", forward.fold_forward),
     ("join-constants", arithmetic.join_constants),
     ("means-as-pools", pool.means_as_pools),
 )
@@ -137,7 +150,7 @@ def _replay(model: ir.Model, refused: _Refused, limit: int | None = None) -> tup
     tidy.name_all(current)
     edit.drop_dead(current)
     for _ in range(ROUNDS):
-        current = verify.infer_shapes(current)
+        current = _shaped(current)
         before = len(steps)
         for name, rewrite in REWRITES:
             if limit is not None and len(steps) >= limit:
@@ -147,7 +160,15 @@ def _replay(model: ir.Model, refused: _Refused, limit: int | None = None) -> tup
                 steps.append(_Step(name, tuple(nodes)))
         if len(steps) == before:
             return current, steps
-    return verify.infer_shapes(current), steps
+    return _shaped(current), steps
+
+
+def _shaped(model: ir.Model) -> ir.Model:
+    """A copy with shapes inferred; without, where a rewrite broke the graph, which the verifier tells later."""
+    try:
+        return verify.infer_shapes(model)
+    except ir.serde.SerdeError:
+        return model.clone()
 
 
 def _fault(model: ir.Model, check: Check | None) -> str:
@@ -161,7 +182,7 @@ def _fault(model: ir.Model, check: Check | None) -> str:
 def _blame(model: ir.Model, steps: Sequence[_Step], check: Check | None, refused: _Refused) -> None:
     """Find the first step after which the model is wrong, and in it the node; refuse it from now on."""
     count = _first_bad(len(steps), lambda limit: _replay(model, refused, limit)[0], check)
-    step, before = steps[count - 1], verify.infer_shapes(_replay(model, refused, count - 1)[0])
+    step, before = steps[count - 1], _shaped(_replay(model, refused, count - 1)[0])
     rewrite: Rewrite = dict(REWRITES)[step.rewrite]
     others = frozenset(
         str(name) for graph in before.graphs() for name in (*(node.name for node in graph), *graph.initializers)

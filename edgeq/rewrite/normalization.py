@@ -2,11 +2,13 @@
 
 Written out they are five to fifteen tensors that would each be quantized; named, they are one float kernel with float32
 sums inside. Casts to a wider float around the sums are looked through: the named op sums in float32 itself. So are the
-reshapes by which JAX gives a reduced axis back, and its variance ``max(0, E[x^2] - E[x]^2)``.
+reshapes by which JAX gives a reduced axis back, and its variance ``max(0, E[x^2] - E[x]^2)``. A normalisation over
+channels that aren't last (ConvNeXt) becomes the named op between two Transposes.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,13 +20,16 @@ from edgeq.rewrite.match import Edit, axes, close, each, operands, producer, pro
 LAYER_NORM_OPSET, SOFTMAX_OPSET = 17, 13
 
 
+Axes = tuple[int, ...]
+"""Axes counted from the end, ascending."""
+
+
 @dataclass(frozen=True)
 class Core:
-    """``(x - mean) / sqrt(variance + epsilon)`` over the last ``count`` axes of x, times ``gamma`` where that stands
-    inside."""
+    """``(x - mean) / sqrt(variance + epsilon)`` over ``axes`` of x, times ``gamma`` where that stands inside."""
 
     x: ir.Value
-    count: int
+    axes: Axes
     epsilon: float
     gamma: ir.Value | None
 
@@ -45,9 +50,12 @@ def _core(node: ir.Node) -> Core | None:
         x = None if difference is None else difference.inputs[0]
         if difference is None or pair is None or epsilon is None or x is None:
             continue
-        count = _mean_axes(_restored(_uncast(difference.inputs[1])), x)
-        if count and _is_variance(_restored(_uncast(pair[0])), difference, x, count):
-            return Core(x, count, epsilon, gamma)
+        mean, variance = _uncast(difference.inputs[1]), _uncast(pair[0])
+        over = _mean_axes(_restored(mean), x)
+        if not over or not all(_reduces_to_one(value, x, over) for value in (mean, variance)):
+            continue
+        if _is_variance(_restored(variance), difference, x, over):
+            return Core(x, over, epsilon, gamma)
     return None
 
 
@@ -80,34 +88,43 @@ def _inverse_root(node: ir.Node | None) -> ir.Value | None:
 
 
 def _restored(value: ir.Value | None) -> ir.Value | None:
-    """The value behind a Reshape or Unsqueeze that only gives it a last axis of one."""
+    """The value behind a Reshape or Unsqueeze that only gives it one more axis, of one."""
     node = producer(value, "Reshape", "Unsqueeze")
     before, after = (query.dims(node.inputs[0]), query.dims(value)) if node is not None else (None, None)
-    if node is None or before is None or after is None or len(after) != len(before) + 1 or after[-1] != 1:
+    if node is None or before is None or after is None or len(after) != len(before) + 1:
         return value
-    unequal = [a for a, b in zip(before, after, strict=False) if a is None or a != b]
-    return node.inputs[0] if unequal in ([], [None]) else value
+    for index in (index for index, dim in enumerate(after) if dim == 1):
+        rest = after[:index] + after[index + 1 :]
+        if [a for a, b in zip(before, rest, strict=True) if a is None or a != b] in ([], [None]):
+            return node.inputs[0]
+    return value
 
 
-def _mean_axes(value: ir.Value | None, x: ir.Value) -> int:
-    """How many last axes of x the value is the mean over; 0 when it is none. Axes that don't stay are one at most."""
+def _reduces_to_one(value: ir.Value | None, x: ir.Value, over: Axes) -> bool:
+    """Whether the value has the rank of x and one element along ``over``, so that it broadcasts as a statistic of x."""
+    shape = query.dims(value)
+    return shape is not None and len(shape) == rank(x) and all(shape[axis] == 1 for axis in over)
+
+
+def _mean_axes(value: ir.Value | None, x: ir.Value) -> Axes:
+    """The axes of x over which the value is its mean; none when it isn't."""
     node = producer(value, "ReduceMean", "Mul", "Div")
+    scale = 1.0
     if node is not None and node.op_type != "ReduceMean":
-        factors, constant = product(node.outputs[0])
+        factors, scale = product(node.outputs[0])
         node = producer(factors[0], "ReduceSum") if len(factors) == 1 else None
-        size = (query.dims(x) or (None,))[-1]
-        if not size or not close(constant, 1 / size):
-            return 0
-    if node is None or _uncast(node.inputs[0]) is not _uncast(x):
-        return 0
-    over, count = axes(node), rank(x)
-    if over is None or count is None or sorted(axis % count for axis in over) != list(range(count - len(over), count)):
-        return 0
-    single = len(over) == 1
-    return len(over) if single or (query.attribute(node, "keepdims", 1) and node.op_type == "ReduceMean") else 0
+    found, shape = (None if node is None else axes(node)), query.dims(x)
+    if node is None or found is None or shape is None or _uncast(node.inputs[0]) is not _uncast(x):
+        return ()
+    over = tuple(sorted(axis % len(shape) - len(shape) for axis in found))
+    if node.op_type == "ReduceSum":
+        sizes = [shape[axis] for axis in over]
+        if None in sizes or not close(scale, 1 / math.prod(size or 0 for size in sizes)):
+            return ()
+    return over
 
 
-def _is_variance(value: ir.Value | None, difference: ir.Node, x: ir.Value, count: int) -> bool:
+def _is_variance(value: ir.Value | None, difference: ir.Node, x: ir.Value, over: Axes) -> bool:
     """``E[d^2]`` of this difference, or ``E[x^2] - E[x]^2`` with or without a max with 0."""
     clamped = producer(value, "Max", "Relu")
     if clamped is not None:
@@ -118,11 +135,11 @@ def _is_variance(value: ir.Value | None, difference: ir.Node, x: ir.Value, count
     gap = producer(value, "Sub")
     if gap is None:
         squares = _averaged(value)
-        return squares is not None and _is_square(squares, difference) and _mean_axes(value, squares) == count
+        return squares is not None and _is_square(squares, difference) and _mean_axes(value, squares) == over
     squares, mean = _averaged(gap.inputs[0]), _squared(gap.inputs[1])
-    if squares is None or mean is None or _mean_axes(mean, x) != count:
+    if squares is None or mean is None or _mean_axes(mean, x) != over:
         return False
-    return _uncast(_squared(squares)) is _uncast(x) and _mean_axes(gap.inputs[0], squares) == count
+    return _uncast(_squared(squares)) is _uncast(x) and _mean_axes(gap.inputs[0], squares) == over
 
 
 def _averaged(value: ir.Value | None) -> ir.Value | None:
@@ -165,43 +182,61 @@ def _name_layer_norm(node: ir.Node, edit: Edit) -> bool:
     core = _core(node) if edit.opset >= LAYER_NORM_OPSET else None
     if core is None or core.x.dtype is None or node.graph is None or node.outputs[0].dtype != core.x.dtype:
         return False
-    shape = (query.dims(core.x) or ())[-core.count :]
-    last, gamma = (node, core.gamma) if core.gamma is not None else _parameter(node, "Mul", shape)
-    last, beta = _parameter(last, "Add", shape)
-    if gamma is not None and not _spans(gamma, shape):
+    last, gamma = (node, core.gamma) if core.gamma is not None else _parameter(node, "Mul", core)
+    last, beta = _parameter(last, "Add", core)
+    shape = [(query.dims(core.x) or ())[axis] for axis in core.axes]
+    trailing = core.axes == tuple(range(-len(core.axes), 0))
+    if None in shape or not (trailing or len(core.axes) == 1) or (gamma is not None and not _spans(gamma, core)):
         return False
+    sizes = tuple(int(size or 0) for size in shape)
     if gamma is None:
-        if None in shape:
-            return False
-        ones = np.ones([int(dim or 1) for dim in shape], core.x.dtype.numpy())
-        gamma = edit.constant(node.graph, f"{node.name}_scale", ones)
-    gamma, beta = _flat(gamma, core.count, edit), None if beta is None else _flat(beta, core.count, edit)
-    inputs = [core.x, gamma] if beta is None else [core.x, gamma, beta]
-    attributes = {"axis": -core.count, "epsilon": core.epsilon}
-    edit.swap(last, [edit.node(last, "LayerNormalization", inputs, attributes, like=last.outputs[0])])
+        gamma = edit.constant(node.graph, f"{node.name}_scale", np.ones(sizes, core.x.dtype.numpy()))
+    parameters = [_shaped(constant, sizes, edit) for constant in (gamma, beta) if constant is not None]
+    edit.swap(last, _layer_norm(last, core, parameters, edit) if trailing else _turned(last, core, parameters, edit))
     return True
 
 
-def _parameter(node: ir.Node, op: str, shape: tuple[int | None, ...]) -> tuple[ir.Node, ir.Value | None]:
-    """The only reader of ``node`` and its constant, when it is ``op`` by a constant of the normalised shape."""
+def _layer_norm(last: ir.Node, core: Core, parameters: list[ir.Value], edit: Edit) -> list[ir.Node]:
+    attributes = {"axis": core.axes[0], "epsilon": core.epsilon}
+    return [edit.node(last, "LayerNormalization", [core.x, *parameters], attributes, like=last.outputs[0])]
+
+
+def _turned(last: ir.Node, core: Core, parameters: list[ir.Value], edit: Edit) -> list[ir.Node]:
+    """The normalisation over one axis that isn't last, between a Transpose that makes it the last and one back."""
+    count = rank(core.x) or 0
+    axis = core.axes[0] % count
+    there = [index for index in range(count) if index != axis] + [axis]
+    back = [there.index(index) for index in range(count)]
+    first = edit.node(last, "Transpose", [core.x], {"perm": there})
+    first.outputs[0].type = core.x.type
+    attributes = {"axis": -1, "epsilon": core.epsilon}
+    norm = edit.node(last, "LayerNormalization", [first.outputs[0], *parameters], attributes)
+    norm.outputs[0].type = core.x.type
+    return [first, norm, edit.node(last, "Transpose", [norm.outputs[0]], {"perm": back}, like=last.outputs[0])]
+
+
+def _parameter(node: ir.Node, op: str, core: Core) -> tuple[ir.Node, ir.Value | None]:
+    """The only reader of ``node`` and its constant, when it is ``op`` by a constant along the normalised axes."""
     after = reader(node.outputs[0], op)
     pair = None if after is None else operands(after)
-    if after is None or pair is None or not _spans(pair[1], shape):
+    if after is None or pair is None or not _spans(pair[1], core):
         return node, None
     return after, pair[1]
 
 
-def _spans(constant: ir.Value, shape: tuple[int | None, ...]) -> bool:
-    """Whether a constant has the normalised shape, leading axes of one aside."""
-    found = query.dims(constant)
-    return found is not None and found[-len(shape) :] == shape and all(dim == 1 for dim in found[: -len(shape)])
+def _spans(constant: ir.Value, core: Core) -> bool:
+    """Whether a constant has the sizes of x along the normalised axes and one along all others."""
+    found, wide = query.dims(constant), query.dims(core.x)
+    if found is None or wide is None or not len(wide) >= len(found) >= -core.axes[0]:
+        return False
+    return all(found[axis] == (wide[axis] if axis in core.axes else 1) for axis in range(-len(found), 0))
 
 
-def _flat(constant: ir.Value, count: int, edit: Edit) -> ir.Value:
-    """The constant without leading axes of one."""
+def _shaped(constant: ir.Value, sizes: tuple[int, ...], edit: Edit) -> ir.Value:
+    """The constant without the axes of one around the normalised ones."""
     array = query.constant(constant)
     assert array is not None
-    return constant if array.ndim == count else edit.reweighed(constant, array.reshape(array.shape[-count:]))
+    return constant if array.shape == sizes else edit.reweighed(constant, array.reshape(sizes))
 
 
 def _name_softmax(node: ir.Node, edit: Edit) -> bool:
@@ -222,11 +257,10 @@ def _reduced(value: ir.Value | None, op: str, x: ir.Value | None) -> int | None:
     """The axis, from the end, over which the value reduces x and which it keeps or is given back."""
     node, count = producer(_restored(value), op), rank(x)
     over = None if node is None else axes(node)
-    if node is None or node.inputs[0] is not x or count is None or over is None or len(over) != 1:
+    if node is None or x is None or node.inputs[0] is not x or count is None or over is None or len(over) != 1:
         return None
     axis = over[0] % count - count
-    given_back = node.outputs[0] is not value and axis == -1
-    return axis if bool(query.attribute(node, "keepdims", 1)) != given_back else None
+    return axis if _reduces_to_one(value, x, (axis,)) else None
 
 
 def _join_rows(node: ir.Node, edit: Edit) -> bool:
