@@ -324,12 +324,12 @@ def _validate(
     artifact = TimedConfig("artifact", chosen.path, config=target.session, provider=target.provider)
     with context.recorder.step("validate", len(held_out)):
         accurate = chosen.checks or judge(chosen.path)
+        refuse_unmeasured(limits, accurate)
         fast = latency(
             configs, artifact, [*take(held_out, TIMED_SAMPLES)], threads=target.threads, limits=limits,
             max_seconds=VALIDATE_SECONDS, seed=context.seed,
         )  # fmt: skip
     checks = (*accurate, *fast.checks, *size(floats[0].path, chosen.path, limits))
-    refuse_unmeasured(limits, checks)
     if chosen.plan is None:
         checks = tuple(map(_against_itself, checks))
     return Validation(checks, fast.timings)

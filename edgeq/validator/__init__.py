@@ -25,7 +25,18 @@ from edgeq.validator.judge import Judge, accuracy
 from edgeq.validator.limits import Limits
 from edgeq.validator.speed import SIZE_CHECKS, SPEED_CHECKS, Latency, latency, size
 
-__all__ = ["METRICS", "Judge", "Latency", "Limits", "Validation", "accuracy", "latency", "size", "validate"]
+__all__ = [
+    "METRICS",
+    "Judge",
+    "Latency",
+    "Limits",
+    "Validation",
+    "accuracy",
+    "latency",
+    "refuse_unmeasured",
+    "size",
+    "validate",
+]
 
 TIMED_SAMPLES = 4
 
@@ -72,7 +83,7 @@ def validate(
             reference, samples, metric=metric, limits=limits, threads=max(threads), provider=provider, config=config
         )
         accurate = judge(artifact)
-        _refuse_unknown(limits, [*(check.name for check in accurate), *SPEED_CHECKS, *SIZE_CHECKS])
+        refuse_unmeasured(limits, accurate)
         fast = latency(
             [TimedConfig("float", reference, config=config, provider=provider), *floats],
             TimedConfig("artifact", artifact, config=config, provider=provider),
@@ -86,7 +97,9 @@ def validate(
     return Validation(checks, fast.timings)
 
 
-def _refuse_unknown(limits: Limits, measured: list[str]) -> None:
+def refuse_unmeasured(limits: Limits, accurate: Sequence[Check]) -> None:
+    """UsageError for a limit on what neither the accuracy checks nor speed and size measure: it would never fail."""
+    measured = [*(check.name for check in accurate), *SPEED_CHECKS, *SIZE_CHECKS]
     for name in limits:
         if name not in measured:
             raise UsageError(f"limit on {name!r}, which isn't measured here", hint=did_you_mean(name, measured))
