@@ -72,7 +72,7 @@ def _origin(node: ir.Node, producer: Mapping[str, str], known: set[str]) -> str:
     name = str(node.name)
     if name in known:
         return name
-    plain = re.sub(r"_token_\d+$", "", name)  # NHWC transformer
+    plain = re.sub(r"/MatMulAddFusion$", "", re.sub(r"_token_\d+$", "", name))  # the latter is of layout passes
     if plain in known:
         return plain
     if node.op_type in ("Transpose", "ReorderInput", "ReorderOutput", *QDQ):

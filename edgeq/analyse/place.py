@@ -161,10 +161,14 @@ def _chain(node: ir.Node) -> list[ir.Node]:
 
 
 def _bias_edge(chain: list[ir.Node]) -> tuple[ir.Node, int] | None:
+    """The edge of a constant that integer kernels add in int32: a value an output channel, beside a constant weight."""
     head = chain[0]
     row = OPS[head.op_type]
+    if row.weight is not None and not query.is_constant(head.inputs[row.weight]):
+        return None
     if row.bias is not None and row.bias < len(head.inputs) and query.is_constant(head.inputs[row.bias]):
-        return head, row.bias
+        rows = (query.dims(head.inputs[row.bias]) or ())[:-1]  # of a Gemm's C
+        return None if any(dim != 1 for dim in rows) else (head, row.bias)
     if head.op_type == "MatMul" and len(chain) > 1 and chain[1].op_type == "Add":
         return chain[1], 0 if query.is_constant(chain[1].inputs[0]) else 1
     return None
