@@ -63,7 +63,7 @@ def encode(plan: Plan, stats: Mapping[str, Stats], target: Target, *, ranges: st
         for index in atom.constants:
             constants[atom.name, index] = _constant(atom, index, target)
         if atom.name not in plan.bare or atom.bare_bias:
-            source = stats.get(_root(str(atom.inputs[0].name), plan.ties))
+            source = stats.get(str(atom.inputs[0].name))
             _bias(atom, activations, source, constants, biases, notes)
     return Encodings(activations, constants, biases, tuple(notes))
 
@@ -83,8 +83,11 @@ def _methods(plan: Plan, ranges: str) -> dict[str, str]:
 
 
 def observed(plan: Plan) -> list[str]:
-    """The tensors whose statistics ``encode`` needs: one a tie, in plan order."""
-    return list(dict.fromkeys(_root(name, plan.ties) for name in plan.tensors))
+    """The tensors whose statistics ``encode`` needs, in plan order: one a tie, and what is multiplied beside a bias,
+    since a data mover that keeps the range (MaxPool, a channel shuffle) changes the channels' means."""
+    ranges = [_root(name, plan.ties) for name in plan.tensors]
+    means = [str(atom.inputs[0].name) for atom in plan.atoms if atom.name in plan.integer and atom.bias is not None]
+    return list(dict.fromkeys((*ranges, *means)))
 
 
 def _root(name: str, ties: Mapping[str, str]) -> str:
@@ -169,7 +172,8 @@ def _mean_error(atom: Atom, index: int, weight: QParams, source: Stats | None) -
             return none
         per_output = np.repeat(mean.reshape(group, -1), shifts.shape[0] // group, axis=0)
         return np.asarray((shifts * per_output).sum(axis=1), np.float32)
-    if array.ndim != 2 or weight.axis is None or mean.size != array.shape[1 - weight.axis]:
+    transposed = query.attribute(atom.head, "transA", 0)
+    if transposed or array.ndim != 2 or weight.axis is None or mean.size != array.shape[1 - weight.axis]:
         return none
     return np.asarray(mean @ (error if weight.axis == 1 else error.T), np.float32)
 

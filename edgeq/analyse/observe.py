@@ -28,11 +28,12 @@ from edgeq.report.record import Notice
 from edgeq.run.record import Array, Feed, Samples
 from edgeq.run.session import run_session
 
-VERSION = 1  # raised when the same data would give other statistics: stored ones are then not found
+VERSION = 2  # raised when the same data would give other statistics: stored ones are then not found
 BYTE_BUDGET = 256 << 20
 PADDING_MASK = "attention_mask"
 
 _CHANNELS_AT_1 = frozenset({"Conv", "ConvTranspose", "BatchNormalization", "InstanceNormalization"})
+_CHANNELS_LAST = frozenset({"MatMul", "Gemm", "LayerNormalization"})
 _DTYPES = frozenset({"float16", "bfloat16", "float32", "float64"})
 
 
@@ -271,11 +272,12 @@ def _fixed(job: _Job, name: str, source: str) -> bool:
 
 
 def _channel_axis(value: ir.Value, rank: int) -> int | None:
-    """The axis of channels counted from the end: 1 of images and beside a convolution, else the last."""
+    """The axis of channels counted from the end: 1 beside a convolution and of images, else the last."""
     if rank < 2:
         return None
     beside = {node.op_type for node in (value.producer(), *query.users(value)) if node is not None}
-    return 1 - rank if rank >= 4 or (rank == 3 and beside & _CHANNELS_AT_1) else -1
+    at_1 = beside & _CHANNELS_AT_1 or (rank >= 4 and not beside & _CHANNELS_LAST)
+    return 1 - rank if at_1 and rank >= 3 else -1
 
 
 # --- what is kept ----------------------------------------------------------------------------------------------------

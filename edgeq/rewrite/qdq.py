@@ -118,7 +118,7 @@ def _quantize_constant(graph: ir.Graph, node: ir.Node, index: int, params: QPara
     name = names.fresh(f"{value.name}_quantized")
     stored = edit.add_initializer(graph, name, codes)
     scale, zero = _parameters(graph, name, params, names)
-    _dequantize(graph, node, index, [stored, scale, zero], params.axis, value, names)
+    _dequantize(graph, node, index, [stored, scale, zero], params.axis, names)
 
 
 def _quantize_bias(
@@ -131,7 +131,7 @@ def _quantize_bias(
     stored = edit.add_initializer(graph, name, codes.astype(np.int32))
     scale = edit.add_initializer(graph, names.fresh(f"{name}_scale"), scales.astype(np.float32))
     zero = edit.add_initializer(graph, names.fresh(f"{name}_zero_point"), np.zeros(scales.shape, np.int32))
-    _dequantize(graph, node, index, [stored, scale, zero], 0 if scales.ndim else None, value, names)
+    _dequantize(graph, node, index, [stored, scale, zero], 0 if scales.ndim else None, names)
 
 
 def _dequantize(
@@ -140,11 +140,11 @@ def _dequantize(
     index: int,
     inputs: list[ir.Value],
     axis: int | None,
-    like: ir.Value,
     names: edit.Names,
 ) -> None:
     """Put a DQ of stored codes before input ``index`` of ``node``. Each reader has its own: shared ones don't fuse."""
     attributes = {} if axis is None else {"axis": axis}
+    before = node.inputs[index]
     stem = str(inputs[0].name)
     dq = edit.make_node(
         "DequantizeLinear",
@@ -152,7 +152,8 @@ def _dequantize(
         names.fresh(f"{stem}_DequantizeLinear"),
         names.fresh(f"{stem}_dequantized"),
         attributes,
-        like=like,
+        like=inputs[0],
+        dtype=before.dtype if before is not None else None,
     )
     graph.insert_before(node, dq)
     node.replace_input_with(index, dq.outputs[0])
