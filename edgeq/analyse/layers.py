@@ -26,8 +26,10 @@ def layers(
     exact, noisy = _tapped(reference, names), _tapped(quantized, list(twin.values()))
     sessions = [open_session(m, threads=2, provider=target.provider, level="basic") for m in (exact, noisy)]
     power, error = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
+    computed = [name for name in names if name not in {str(value.name) for value in reference.graph.inputs}]
     for feed in feeds:
-        wanted, found = run_session(sessions[0], feed, names), run_session(sessions[1], feed, list(twin.values()))
+        wanted = {**feed, **(run_session(sessions[0], feed, computed) if computed else {})}
+        found = run_session(sessions[1], feed, list(twin.values()))
         for name in names:
             _add(wanted[name], found[twin[name]], name, power, error)
     writers = {str(value.name): node.op_type for node in reference.graph for value in node.outputs}
