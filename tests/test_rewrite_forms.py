@@ -27,6 +27,7 @@ NOTHING = [
     ("i = Add(x, zero)", {"zero": np.zeros((3, 1), np.float32)}),
     ("i = Max(x, low)", {"low": number(-np.inf)}),
     ("t = Transpose<perm=[2,0,1]>(x) i = Transpose<perm=[1,2,0]>(t)", {}),
+    ("u = Unsqueeze(x, z) i = Squeeze(u, z)", {"z": np.array([1])}),
     ("u = Unsqueeze(x, z) i = Reshape(u, s)", {"z": np.array([0]), "s": np.array([-1, 3, 4])}),
 ]
 
@@ -75,6 +76,12 @@ def test_transposes_join_and_a_reshape_that_copies_sizes_does_not() -> None:
     weights = {"a": np.array([6, 2, 2]), "b": np.array([0, 4])}
     assert ops(rewritten(text, weights)) == ["Reshape", "Reshape"]
     assert ops(rewritten(text, {**weights, "b": np.array([6, 4])})) == ["Reshape"]
+
+
+def test_axes_that_move_are_not_regrouped_away() -> None:
+    text = "(float[1,N,1,4] x) => (float[N,1,4,1] y) { s = Squeeze(x, a) y = Unsqueeze(s, b) }"
+    weights = {"a": np.array([0]), "b": np.array([3])}
+    assert ops(rewritten(text, weights)) == ["Squeeze", "Unsqueeze"]
 
 
 def test_equal_nodes_and_weights_become_one_but_not_random_ones() -> None:

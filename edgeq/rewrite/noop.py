@@ -16,6 +16,9 @@ from edgeq.rewrite.match import Edit, each, operands, producer, rank, symbols
 NEUTRAL = {"Add": 0, "Sub": 0, "Mul": 1, "Div": 1, "Max": -math.inf, "Min": math.inf}
 """Op of two -> the constant that leaves the other operand as it is."""
 
+REGROUPING = ("Reshape", "Flatten", "Squeeze", "Unsqueeze")
+"""Ops that keep the elements and their order."""
+
 ENDLESS = 10**9
 """An end of a Slice that no axis reaches."""
 
@@ -128,13 +131,16 @@ def _neutral(node: ir.Node) -> bool:
     return array is not None and bool((array == NEUTRAL[node.op_type]).all())
 
 
-def _merge_movers(node: ir.Node, edit: Edit) -> bool:
-    """Transpose of Transpose -> one; Reshape of anything that only regroups axes -> one."""
-    if node.op_type == "Transpose":
-        return _merge_transposes(node, edit)
-    before = producer(node.inputs[0], "Reshape", "Flatten", "Squeeze", "Unsqueeze")
-    target = query.constant(node.inputs[1])
-    if before is None or target is None or before.graph is not node.graph:
+def _merge_regroupings(node: ir.Node, edit: Edit) -> bool:
+    """Two that only regroup axes -> none when the shape is the first one again, one when the second is a Reshape."""
+    before = producer(node.inputs[0], *REGROUPING)
+    if before is None or before.graph is not node.graph:
+        return False
+    shape, inputs = symbols(before.inputs[0]), tuple(node.inputs)
+    if shape is not None and None not in shape and shape == symbols(node.outputs[0]):
+        return edit.bypass(node, before.inputs[0]) and edit.erase(inputs)
+    target = query.constant(node.inputs[1]) if node.op_type == "Reshape" else None
+    if target is None:
         return False
     if (target == 0).any() and not query.attribute(node, "allowzero", 0):
         return False  # 0 copies a size of the tensor in between
@@ -145,6 +151,7 @@ def _merge_movers(node: ir.Node, edit: Edit) -> bool:
 
 
 def _merge_transposes(node: ir.Node, edit: Edit) -> bool:
+    """Transpose of Transpose -> one, or none."""
     before = producer(node.inputs[0], "Transpose")
     second = query.attribute(node, "perm")
     first = None if before is None else query.attribute(before, "perm")
@@ -164,4 +171,5 @@ drop_noops = each(
     *("Identity", "Dropout", "Cast", "Reshape", "Flatten", "Transpose", "Expand", "Tile", "Pad", "Slice"),
     *("AveragePool", "MaxPool", "Add", "Sub", "Mul", "Div", *SAME_OF_ONE),
 )
-merge_movers = each(_merge_movers, "Transpose", "Reshape")
+merge_transposes = each(_merge_transposes, "Transpose")
+merge_regroupings = each(_merge_regroupings, *REGROUPING)

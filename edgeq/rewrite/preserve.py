@@ -3,9 +3,11 @@
 Both models run in ONNX Runtime with its own optimizations off, so that the rewrite is compared and not the runtime. A
 rewrite that keeps the function moves float outputs by rounding only: a sum of K products in another order differs by
 about ``sqrt(K) u`` of its size (u = 2^-24, K up to 4608 in a 3x3 Conv of 512 channels: 4e-6), and D layers with
-independent errors by sqrt(D) of that (D = 200: 6e-5). ``TOLERANCE`` is just above. Where an output amplifies rounding
-(a Sigmoid far from 0, a logarithm), what the runtime's own optimizations move it by is measured, and ``SLACK`` times
-that is allowed. Wrong rewrites move outputs by 1e-2 and more.
+independent errors by sqrt(D) of that (D = 200: 6e-5). Differences of like numbers inside lose more: a variance written
+as ``E[x^2] - E[x]^2`` loses the factor 16 where the mean is four deviations (Magika's layer norms: 1.1e-4 at the end).
+``TOLERANCE`` is the product. Where an output amplifies rounding (a Sigmoid far from 0, a logarithm), what the runtime's
+own optimizations move it by is measured, and ``SLACK`` times that is allowed. Wrong rewrites move outputs by 1e-2 and
+more.
 """
 
 from __future__ import annotations
@@ -28,8 +30,8 @@ Check = Callable[[ir.Model], str]
 """Model -> why it isn't the reference, or an empty string."""
 
 TOLERANCE: dict[np.dtype[Any], float] = {
-    np.dtype(np.float64): 1e-4,  # weights and inner nodes are float32 as a rule
-    np.dtype(np.float32): 1e-4,
+    np.dtype(np.float64): 1e-3,  # weights and inner nodes are float32 as a rule
+    np.dtype(np.float32): 1e-3,
     np.dtype(np.float16): 1e-2,  # u = 2^-11: one rounding of the output is 5e-4, few layers add up
     np.dtype(ml_dtypes.bfloat16): 5e-2,  # u = 2^-8
 }
