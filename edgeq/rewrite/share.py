@@ -25,24 +25,37 @@ PLAIN = frozenset(
 """Attribute types whose values can be compared as they are."""
 
 
+HEAD = 64
+"""Elements by which weights are told apart before they are read whole."""
+
+
 def merge_initializers(model: ir.Model, keep: frozenset[str]) -> list[str]:
     """Initializers with equal dtype, shape and bytes become one. Returns names of those that went."""
     merged = []
     for graph in model.graphs():
-        seen: dict[Any, ir.Value] = {}
-        for name, value in list(graph.initializers.items()):
-            tensor = value.const_value
-            if tensor is None or tensor.dtype == ir.DataType.STRING or name in keep:
-                continue
-            if value.is_graph_output() or value.is_graph_input():
-                continue
-            key = (tensor.dtype, tuple(tensor.shape.numpy()), hashlib.sha256(tensor.tobytes()).digest())
-            first = seen.setdefault(key, value)
-            if first is not value:
-                value.replace_all_uses_with(first)
-                del graph.initializers[name]
-                merged.append(name)
+        for alike in _alike(graph, keep):
+            seen: dict[bytes, ir.Value] = {}
+            for value, tensor in alike:
+                first = seen.setdefault(hashlib.sha256(tensor.tobytes()).digest(), value)
+                if first is not value:
+                    name = str(value.name)
+                    value.replace_all_uses_with(first)
+                    del graph.initializers[name]
+                    merged.append(name)
     return merged
+
+
+def _alike(graph: ir.Graph, keep: frozenset[str]) -> list[list[tuple[ir.Value, ir.TensorProtocol]]]:
+    """Groups of two and more initializers with equal dtype, shape and first elements: a large model has few."""
+    groups: dict[Any, list[tuple[ir.Value, ir.TensorProtocol]]] = {}
+    for name, value in graph.initializers.items():
+        tensor = value.const_value
+        if tensor is None or tensor.dtype == ir.DataType.STRING or name in keep:
+            continue
+        if not value.is_graph_output() and not value.is_graph_input():
+            key = (tensor.dtype, tuple(tensor.shape.numpy()), tensor.numpy().flat[:HEAD].tobytes())
+            groups.setdefault(key, []).append((value, tensor))
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def merge_nodes(model: ir.Model, keep: frozenset[str]) -> list[str]:
