@@ -7,8 +7,8 @@ which nodes end up integer is settled by measurement later, and each plan must b
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import onnx_ir as ir
@@ -20,7 +20,7 @@ from edgeq.analyse.cost import concrete_shapes
 from edgeq.analyse.coverage import read_back
 from edgeq.analyse.measure import measure
 from edgeq.analyse.observe import observe
-from edgeq.analyse.sensitivity import sensitivity
+from edgeq.analyse.sensitivity import Probe, decibel, only, sensitivity
 from edgeq.analyse.stats import Stats
 from edgeq.analyse.store import Store
 from edgeq.errors import RecipeError
@@ -39,6 +39,9 @@ from edgeq.target.record import Target
 
 CHECK_SAMPLES = 2  # a rewrite is compared on so many samples: it is wrong everywhere or nowhere
 SENSITIVITY_SAMPLES = 8
+RANGE_SAMPLES = 16
+LEAST_REDUCTION = 0.9  # noise a tensor's own range method must cut to, against the model's choice
+RANGES = (encoding.Ranges("mse"), encoding.Ranges("percentile"), encoding.Ranges("minmax"))
 PROFILE_SAMPLES = 4
 FUSION_ROUNDS = 4
 
@@ -99,7 +102,8 @@ class Quantizer:
     """A float model ready to be quantized by any plan. Statistics are taken once, for every tensor a plan may want."""
 
     def __init__(self, model: ir.Model, context: Context, ranges: str) -> None:
-        self.model, self.context, self.ranges = model, context, ranges
+        self.model, self.context = model, context
+        self.ranges: encoding.Ranges | None = None if ranges == "auto" else encoding.Ranges(ranges, ranges)
         first = context.calibration.read(0)
         self.shapes = concrete_shapes(model, first)
         with context.recorder.step("oracle") as facts:
@@ -121,16 +125,69 @@ class Quantizer:
 
     def build(self, plan: placement.Plan) -> ir.Model:
         """The QDQ model of a plan."""
+        self._observe(plan)
+        if self.ranges is None:
+            self.ranges = self._best_ranges(plan)
+        return self._built(plan, self.ranges)
+
+    def _built(self, plan: placement.Plan, ranges: encoding.Ranges) -> ir.Model:
+        encodings = encoding.encode(plan, self.stats, self.context.target, ranges=ranges)
+        return insert_qdq(self.model, plan, encodings)
+
+    def _best_ranges(self, plan: placement.Plan) -> encoding.Ranges:
+        """Of the choices in ``RANGES`` the one whose model puts the least noise on the outputs."""
+        with self.context.recorder.step("ranges") as facts:
+            probe = Probe(self.model, take(self.context.calibration, RANGE_SAMPLES), self.context.target)
+            noise = {ranges: probe.noise(self._built(plan, ranges)) for ranges in RANGES}
+            best = min(RANGES, key=noise.__getitem__)
+            facts.update({ranges.base: decibel(value) for ranges, value in noise.items()}, chosen=best.base)
+        return best
+
+    def refine_ranges(self, plan: placement.Plan, names: Iterable[str]) -> int:
+        """Try every range method on the tensors of the atoms ``names`` alone; keep what hurts the outputs least.
+        Returns how many tensors changed."""
+        atoms = [atom for atom in plan.atoms if atom.name in set(names)]
+        changed = 0
+        with self.context.recorder.step("refine ranges", len(atoms)) as facts:
+            probe = Probe(self.model, take(self.context.calibration, SENSITIVITY_SAMPLES), self.context.target)
+            for atom in atoms:
+                alone = only(plan, {atom.name})
+                for tensor in sorted(encoding.roots(atom, plan)):
+                    changed += self._refine(alone, tensor, probe)
+                self.context.recorder.progress.advance()
+            facts["tensors_changed"] = changed
+        return changed
+
+    def _refine(self, alone: placement.Plan, tensor: str, probe: Probe) -> bool:
+        ranges = self.ranges or RANGES[0]
+        tried = {m: replace(ranges, exact={**ranges.exact, tensor: m}) for m in dict.fromkeys(r.base for r in RANGES)}
+        noise = {method: probe.noise(self._built(alone, choice)) for method, choice in tried.items()}
+        before = probe.noise(self._built(alone, ranges))
+        best = min(noise, key=noise.__getitem__)
+        if noise[best] > LEAST_REDUCTION * before:
+            return False
+        self.ranges = tried[best]
+        return True
+
+    def _observe(self, plan: placement.Plan) -> None:
         missing = [name for name in encoding.observed(plan) if name not in self.stats]
         if missing:
             self.stats.update(self.context.observe(self.model, missing))
-        encodings = encoding.encode(plan, self.stats, self.context.target, ranges=self.ranges)
-        return insert_qdq(self.model, plan, encodings)
+
+    def _holdable(self, extra: Mapping[str, str] | None) -> placement.Plan:
+        """The best plan of tensors that integers can hold, by what calibration saw of them."""
+        while True:
+            plan = self.plan(extra)
+            self._observe(plan)
+            wrong = encoding.unholdable(plan, self.stats)
+            if not wrong:
+                return plan
+            self.keep_float.update(wrong)
 
     def fused(self, extra: Mapping[str, str] | None = None) -> tuple[placement.Plan, ir.Model, Coverage]:
         """Plan, build and read back; what the runtime did not fuse is left float, until all that is planned runs."""
         for _ in range(FUSION_ROUNDS):
-            plan = self.plan(extra)
+            plan = self._holdable(extra)
             model = self.build(plan)
             seen, wrong = read_back(model, plan, self.shapes, self.context.target)
             if not wrong:
@@ -151,10 +208,8 @@ class Quantizer:
         feeds = take(self.context.calibration, SENSITIVITY_SAMPLES)
         with self.context.recorder.step("sensitivity", len(atoms)) as facts:
             facts["atoms"] = len(atoms)
-            return sensitivity(
-                self.model, plan, self.build, feeds, self.context.target, threads=self.context.threads,
-                done=self.context.recorder.progress.advance,
-            )  # fmt: skip
+            probe = Probe(self.model, feeds, self.context.target, self.context.threads)
+            return sensitivity(probe, plan, self.build, self.context.recorder.progress.advance)
 
 
 def quantize(model: ir.Model, context: Context, *, ranges: str = "auto") -> Quantizer:

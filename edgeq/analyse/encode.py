@@ -8,7 +8,7 @@ bias that would overflow raises its channel's weight scale (AIMET's guard; ONNX 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from edgeq.analyse.place import Atom, Plan
-from edgeq.analyse.stats import Stats
+from edgeq.analyse.stats import MASK, Stats
 from edgeq.errors import ModelError
 from edgeq.ir import query
 from edgeq.ir.ops import OPS
@@ -26,10 +26,8 @@ from edgeq.target.record import Target
 
 Edge = tuple[str, int]  # node name, input index
 
-# Clipping rare large values is right where they are noise and ruinous where they carry the result: a massive
-# activation of a transformer ends 11 dB worse behind a MatMul with the MSE range than with min/max (27.9 -> 16.9 dB,
-# MiniLM-L6, second feed-forward product of layer 0), while convolutions gain from MSE.
-AUTO = {"MatMul": "minmax", "Gemm": "minmax"}
+PRODUCTS = ("MatMul", "Gemm")
+SUMS = ("Add", "Where")  # what puts an attention mask on scores
 
 
 @dataclass(frozen=True)
@@ -43,18 +41,32 @@ class Encodings:
     notes: tuple[str, ...] = ()
 
 
-def encode(plan: Plan, stats: Mapping[str, Stats], target: Target, *, ranges: str = "auto") -> Encodings:
-    """Fit everything the plan quantizes. ``ranges``: a name of ``num.fit.METHODS``, or ``auto`` (``AUTO``).
+@dataclass(frozen=True)
+class Ranges:
+    """Which method of ``num.fit.METHODS`` fits which activation: ``exact`` one by name, ``products`` what MatMul and
+    Gemm read, ``base`` all others.
+
+    Products stand apart because clipping rare large values is right where they are noise and ruinous where they carry
+    the result: a massive activation of a transformer ends 11 dB worse with the MSE range than with min/max (27.9 ->
+    16.9 dB, MiniLM-L6, second feed-forward product of layer 0), while convolutions gain from clipping.
+    """
+
+    base: str = "mse"
+    products: str = "minmax"
+    exact: Mapping[str, str] = field(default_factory=dict)
+
+
+def encode(plan: Plan, stats: Mapping[str, Stats], target: Target, *, ranges: Ranges = Ranges()) -> Encodings:  # noqa: B008 - frozen
+    """Fit everything the plan quantizes.
 
     Raises ModelError naming a planned tensor that calibration never saw."""
     activations: dict[str, QParams] = {}
-    methods = _methods(plan, ranges)
+    products = _read_by_products(plan)
     for name, quant in plan.tensors.items():
         root = _root(name, plan.ties)
         if root not in activations:
-            activations[root] = _activation(
-                root, plan.tensors.get(root, quant), stats, target, methods.get(root, ranges)
-            )
+            method = _method(root, products, ranges)
+            activations[root] = _activation(root, plan.tensors.get(root, quant), stats, target, method)
         activations[name] = activations[root]
     constants: dict[Edge, QParams] = {}
     biases: dict[Edge, tuple[NDArray[np.int32], NDArray[np.float32]]] = {}
@@ -68,18 +80,25 @@ def encode(plan: Plan, stats: Mapping[str, Stats], target: Target, *, ranges: st
     return Encodings(activations, constants, biases, tuple(notes))
 
 
-def _methods(plan: Plan, ranges: str) -> dict[str, str]:
-    """Tensor -> range method. With ``auto`` the most careful method any reader asks for, through ties."""
-    if ranges != "auto":
-        return {}
-    methods: dict[str, str] = {}
-    for atom in (atom for atom in plan.atoms if atom.name in plan.integer):
-        wanted = AUTO.get(atom.head.op_type, "mse")
-        for value in (*atom.inputs, *atom.outputs):
-            root = _root(str(value.name), plan.ties)
-            reads = value in atom.inputs
-            methods[root] = "minmax" if "minmax" in (methods.get(root), wanted if reads else "") else "mse"
-    return methods
+def _method(name: str, products: set[str], ranges: Ranges) -> str:
+    """The method for a root tensor."""
+    return ranges.exact.get(name, ranges.products if name in products else ranges.base)
+
+
+def _read_by_products(plan: Plan) -> set[str]:
+    """Root tensors that a MatMul or Gemm multiplies."""
+    return {
+        _root(str(value.name), plan.ties)
+        for atom in plan.atoms
+        if atom.name in plan.integer and atom.head.op_type in PRODUCTS
+        for value in atom.inputs
+    }
+
+
+def roots(atom: Atom, plan: Plan) -> set[str]:
+    """The tensors whose parameters an atom of ``plan`` uses."""
+    values = atom.inputs if atom.name in plan.bare else (*atom.inputs, *atom.outputs)
+    return {_root(str(value.name), plan.ties) for value in values}
 
 
 def observed(plan: Plan) -> list[str]:
@@ -88,6 +107,28 @@ def observed(plan: Plan) -> list[str]:
     ranges = [_root(name, plan.ties) for name in plan.tensors]
     means = [str(atom.inputs[0].name) for atom in plan.atoms if atom.name in plan.integer and atom.bias is not None]
     return list(dict.fromkeys((*ranges, *means)))
+
+
+def unholdable(plan: Plan, stats: Mapping[str, Stats]) -> dict[str, str]:
+    """Integer atoms of ``plan`` that integers would break -> why: those that meet mask constants (-inf, -1e9), which
+    no 8-bit scale holds beside real values, and sums with a tensor that was 0 throughout calibration, as the mask of
+    texts without padding is: its range is unknown."""
+    wrong: dict[str, str] = {}
+    for atom in (atom for atom in plan.atoms if atom.name in plan.integer):
+        for value in (*atom.inputs, *atom.outputs):
+            seen = stats.get(_root(str(value.name), plan.ties))
+            if seen is not None and seen.mask_count:
+                wrong[atom.name] = f"{value.name!r} holds mask constants, which no integer scale holds beside values"
+            elif seen is not None and value in atom.inputs and atom.head.op_type in SUMS and seen.min == seen.max == 0:
+                wrong[atom.name] = f"{value.name!r} was 0 throughout calibration: its range is unknown"
+        for index in atom.constants:
+            if OPS[atom.head.op_type].weight != index and not _holdable(_array(atom, index)):
+                wrong[atom.name] = "its constant holds values no integer scale holds beside others"
+    return wrong
+
+
+def _holdable(array: NDArray[Any]) -> bool:
+    return bool(np.isfinite(array).all() and np.abs(array).max(initial=0.0) < -MASK)
 
 
 def _root(name: str, ties: Mapping[str, str]) -> str:

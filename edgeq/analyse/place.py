@@ -180,8 +180,9 @@ def _ask_bare(
     """The integer kernel that writes float, and whether it takes an int32 bias."""
     if OPS[chain[0].op_type].weight is None:
         return None, False
+    behind = [node for node in query.users(chain[-1].outputs[0]) if node.op_type == "Add"]  # merged into a float Gemm
     for names, with_bias in ((bias_names, True), (set[str](), False)):
-        verdict = oracle.ask_pattern(chain, edges | names)[0]
+        verdict = oracle.ask_pattern((*chain, *behind[:1]), edges | names)[0]
         # MatMulIntegerToFloat leaves the Add behind it float, where a DQ of the bias would run each time.
         if verdict.kind == "integer" and not (with_bias and verdict.kernel == "MatMulIntegerToFloat"):
             return verdict, with_bias and bool(names)
