@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from edgeq.errors import ModelError
 from edgeq.ir import query
+from edgeq.ir.ops import OPS
 from edgeq.target.record import Target
 
 
@@ -32,8 +33,9 @@ def _check_codes(node: ir.Node, target: Target) -> None:
     codes, scale = query.constant(stored), query.constant(scales)
     if stored is None or scales is None or codes is None or scale is None:
         return
+    multiplied = any(_is_weight(use.node, use.idx) for use in node.outputs[0].uses())
     largest = int(np.abs(codes.astype(np.int64)).max()) if codes.size else 0
-    if codes.dtype == np.int8 and largest > target.limits.weight_code_max:
+    if codes.dtype == np.int8 and multiplied and largest > target.limits.weight_code_max:
         raise ModelError(
             f"weight {stored.name!r} uses codes up to +-{largest}, target {target.name!r} multiplies "
             f"+-{target.limits.weight_code_max} without saturation"
@@ -43,3 +45,9 @@ def _check_codes(node: ir.Node, target: Target) -> None:
             f"scale {scales.name!r} is {float(np.abs(scale).min()):g}, "
             f"target {target.name!r} computes down to {target.limits.min_scale:g}"
         )
+
+
+def _is_weight(node: ir.Node, index: int) -> bool:
+    """Whether a node multiplies and accumulates what it reads there; constants of an Add may use every code."""
+    row = OPS.get(node.op_type)
+    return row is not None and row.weight == index
