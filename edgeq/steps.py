@@ -138,9 +138,10 @@ class Quantizer:
         """Of the choices in ``RANGES`` the one whose model puts the least noise on the outputs."""
         with self.context.recorder.step("ranges") as facts:
             probe = Probe(self.model, take(self.context.calibration, RANGE_SAMPLES), self.context.target)
-            noise = {ranges: probe.noise(self._built(plan, ranges)) for ranges in RANGES}
-            best = min(RANGES, key=noise.__getitem__)
-            facts.update({ranges.base: decibel(value) for ranges, value in noise.items()}, chosen=best.base)
+            noise = [probe.noise(self._built(plan, ranges)) for ranges in RANGES]
+            best = RANGES[noise.index(min(noise))]
+            facts["snr_db"] = {ranges.base: decibel(value) for ranges, value in zip(RANGES, noise, strict=True)}
+            facts["chosen"] = best.base
         return best
 
     def refine_ranges(self, plan: placement.Plan, names: Iterable[str]) -> int:

@@ -56,7 +56,7 @@ class Ranges:
     exact: Mapping[str, str] = field(default_factory=dict)
 
 
-def encode(plan: Plan, stats: Mapping[str, Stats], target: Target, *, ranges: Ranges = Ranges()) -> Encodings:  # noqa: B008 - frozen
+def encode(plan: Plan, stats: Mapping[str, Stats], target: Target, *, ranges: Ranges = Ranges()) -> Encodings:
     """Fit everything the plan quantizes.
 
     Raises ModelError naming a planned tensor that calibration never saw."""

@@ -106,6 +106,8 @@ def _atom(node: ir.Node, asked: set[str], oracle: Oracle) -> Atom:
         return _float_atom(node, "no float tensor flows in")
     if not all(query.is_float(value) for value in node.outputs):
         return _float_atom(node, "its output is not float")
+    if any(value.name and not value.uses() and not value.is_graph_output() for value in node.outputs):
+        return _float_atom(node, "nobody reads one of its outputs")  # its Q would be dropped, and nothing fuses then
     return _ask(node, inputs, constants, oracle)
 
 

@@ -38,29 +38,40 @@ def _edges(atom: Atom, plan: Plan) -> tuple[ir.Value, ...]:
     return atom.inputs if atom.name in plan.bare else (*atom.inputs, *atom.outputs)
 
 
-def sensitivity(
-    reference: ir.Model, plan: Plan, build: Build, feeds: Iterable[Feed], target: Target, *,
-    threads: int = 2, done: Callable[[], None] = lambda: None,
-) -> dict[str, float]:  # fmt: skip
-    """Atom -> noise-to-signal power of the outputs when it alone is quantized (dimensionless, 0 is perfect).
+class Probe:
+    """Tells how much noise a quantized model puts on the outputs of ``reference``, on a few samples."""
 
-    ``build`` turns a plan into a model. Outputs that are not float are left out. ``done`` is called after each atom.
-    """
-    feeds = list(feeds)
-    expected = _outputs(reference, feeds, target, threads)
+    def __init__(self, reference: ir.Model, feeds: Iterable[Feed], target: Target, threads: int = 2) -> None:
+        self._feeds, self._target, self._threads = list(feeds), target, threads
+        self._expected = self._outputs(reference)
+
+    def noise(self, model: ir.Model) -> float:
+        """Noise-to-signal power of ``model``'s float outputs (dimensionless, 0 is perfect)."""
+        return noise_to_signal(self._expected, self._outputs(model))
+
+    def _outputs(self, model: ir.Model) -> list[Mapping[str, Array]]:
+        target = self._target
+        session = open_session(model, threads=self._threads, provider=target.provider, config=target.session)
+        return [run_session(session, feed) for feed in self._feeds]
+
+
+def sensitivity(probe: Probe, plan: Plan, build: Build, done: Callable[[], None] = lambda: None) -> dict[str, float]:
+    """Atom -> noise-to-signal power of the outputs when it alone is quantized.
+
+    ``build`` turns a plan into a model; ``done`` is called after each atom."""
     noise = {}
     for atom in plan.atoms:
         if atom.name in plan.integer and atom.verdict.kind == "integer":
-            noise[atom.name] = noise_to_signal(
-                expected, _outputs(build(only(plan, {atom.name})), feeds, target, threads)
-            )
+            noise[atom.name] = probe.noise(build(only(plan, {atom.name})))
             done()
     return noise
 
 
-def _outputs(model: ir.Model, feeds: list[Feed], target: Target, threads: int) -> list[Mapping[str, Array]]:
-    session = open_session(model, threads=threads, provider=target.provider, config=target.session)
-    return [run_session(session, feed) for feed in feeds]
+def decibel(noise: float) -> float:
+    """Noise-to-signal power as SNR in dB; 150 for none, -inf for infinite noise."""
+    if noise == float("inf"):
+        return float("-inf")
+    return float(min(-10 * np.log10(noise), 150.0)) if noise else 150.0
 
 
 def noise_to_signal(expected: list[Mapping[str, Array]], found: list[Mapping[str, Array]]) -> float:

@@ -17,6 +17,7 @@ from typing import Protocol
 import onnx_ir as ir
 
 from edgeq.analyse.place import Plan
+from edgeq.analyse.sensitivity import decibel
 from edgeq.ir import io
 from edgeq.lower.emit import emit
 from edgeq.lower.legalize import legalize
@@ -26,6 +27,7 @@ from edgeq.run.timing import Ratio, TimedConfig, compare, ratio
 from edgeq.steps import Context, Quantizer
 
 REPAIR_ROUNDS = 6
+REFINED = 12  # atoms whose ranges are tried one by one before any is given up
 DECIDE_SECONDS = 8.0  # a draft is chosen or dropped on this; the shipped one is measured again, longer
 
 
@@ -124,38 +126,45 @@ def _judged(draft: Draft, judge: Judge, context: Context) -> Draft:
 
 
 def _repaired(draft: Draft, quantizer: Quantizer, judge: Judge, context: Context, folder: Path) -> Draft:
-    """The draft itself when accurate, else one with as few atoms in float as make it so."""
+    """The draft itself when accurate; else one with better ranges, else one with as few atoms in float as it takes."""
     if draft.accurate or draft.plan is None:
         return draft
-    ranked = _ranked(quantizer.sensitivity(draft.plan), quantizer, draft.plan)
-    count = 1
-    for _ in range(REPAIR_ROUNDS):
-        extra = {
-            name: f"quantized alone it puts {_db(noise)} of noise on the outputs" for name, noise in ranked[:count]
-        }
-        name = f"{draft.name}, {len(extra)} most sensitive kept float"
-        tried = _draft(name, quantizer, context, folder, extra)
+    noise = quantizer.sensitivity(draft.plan)
+    loudest = sorted(noise, key=noise.__getitem__, reverse=True)[:REFINED]
+    if quantizer.refine_ranges(draft.plan, loudest):
+        refined = _draft(f"{draft.name}, ranges refined", quantizer, context, folder)
+        if refined is None or refined.plan is None:
+            return draft
+        draft = _judged(refined, judge, context)
+        if draft.accurate:
+            return draft
+        noise = quantizer.sensitivity(refined.plan)
+    return _relieved(draft, _ranked(noise, quantizer), quantizer, judge, context, folder)
+
+
+def _relieved(
+    draft: Draft, ranked: list[tuple[str, float]], quantizer: Quantizer, judge: Judge, context: Context, folder: Path
+) -> Draft:
+    """The first accurate draft with 1, 2, 4 … atoms of ``ranked`` back in float, or ``draft`` when there is none."""
+    for count in (1 << step for step in range(REPAIR_ROUNDS)):
+        reasons = {name: f"quantized alone it leaves {decibel(noise):.1f} dB of SNR" for name, noise in ranked[:count]}
+        tried = _draft(f"{draft.name}, {len(reasons)} most sensitive kept float", quantizer, context, folder, reasons)
         if tried is None:
             break
-        tried = replace(_judged(tried, judge, context), kept_float=extra)
+        tried = replace(_judged(tried, judge, context), kept_float=reasons)
         if tried.accurate:
             return tried
         if count >= len(ranked):
             break
-        count *= 2
     return draft
 
 
-def _ranked(noise: Mapping[str, float], quantizer: Quantizer, plan: Plan) -> list[tuple[str, float]]:
+def _ranked(noise: Mapping[str, float], quantizer: Quantizer) -> list[tuple[str, float]]:
     """Most noise for the least time gained first: what to give up first."""
     costs = quantizer.costs
     gain = {name: max(costs.float_ns[name] - costs.integer_ns[name], 1.0) for name in noise}
-    harmful = [(name, value) for name, value in noise.items() if value > 0 and name in plan.integer]
+    harmful = [(name, value) for name, value in noise.items() if value > 0]
     return sorted(harmful, key=lambda row: row[1] / math.sqrt(gain[row[0]]), reverse=True)
-
-
-def _db(noise: float) -> str:
-    return f"{10 * math.log10(noise):.1f} dB" if 0 < noise < math.inf else "infinite dB"
 
 
 def _race(
