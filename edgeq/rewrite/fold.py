@@ -28,6 +28,10 @@ GROWTH_FACTOR = 2
 GROWTH_BYTES = 1 << 18
 """What a fold may add beyond that: masks and tables of positions of a short sequence."""
 
+FILLS = frozenset({"ConstantOfShape", "Expand", "Tile", "Range", "EyeLike", "OneHot"})
+FILL_BYTES = 1 << 13
+"""What repeats a few numbers stays a node beyond this: BlazeFace's padding would be a quarter of its file."""
+
 NEVER = RANDOM | {"QuantizeLinear", "DequantizeLinear", "Constant", "If", "Loop", "Scan", "SequenceConstruct"}
 """A DequantizeLinear on a weight is the weight's storage form; the rest has no fixed value or no tensor."""
 
@@ -62,7 +66,7 @@ def fold_constants(model: ir.Model, keep: frozenset[str]) -> list[str]:
         outputs = [value for value in node.outputs if value.uses() or value.is_graph_output()]
         if any(value.is_graph_output() or value not in arrays for value in outputs):
             continue
-        if _growth(node, sum(arrays[value].nbytes for value in outputs)) > GROWTH_BYTES:
+        if _growth(node, sum(arrays[value].nbytes for value in outputs)) > _allowed(node):
             continue
         for value in outputs:
             edit.freeze(value, arrays.pop(value))
@@ -81,7 +85,7 @@ def _candidates(model: ir.Model, keep: frozenset[str]) -> list[ir.Node]:
         if not all(value in ready or (query.is_constant(value) and _plain(value)) for value in inputs):
             continue
         known = sum(_static_bytes(value) for value in node.outputs)
-        if all(_plain(value) for value in node.outputs) and _growth(node, known) <= GROWTH_BYTES:
+        if all(_plain(value) for value in node.outputs) and _growth(node, known) <= _allowed(node):
             found.append(node)
             ready.update(node.outputs)
     return found
@@ -99,9 +103,13 @@ def _static_bytes(value: Value) -> int:
     return int(np.prod(np.array(shape, np.int64)) * value.dtype.itemsize)
 
 
+def _allowed(node: ir.Node) -> int:
+    return FILL_BYTES if node.op_type in FILLS else GROWTH_BYTES
+
+
 def _growth(node: ir.Node, size: int) -> int:
     """Bytes by which ``size`` bytes of results exceed what goes with the node, doubled."""
-    if size <= GROWTH_BYTES:
+    if size <= _allowed(node):
         return 0
     freed = sum(
         value.const_value.nbytes
