@@ -16,8 +16,9 @@ from edgeq.version import __version__
 
 if TYPE_CHECKING:
     from edgeq.errors import EdgeqError
+    from edgeq.examine import bench, inspect, validate
     from edgeq.packaging import verify_package
-    from edgeq.pipeline import bench, export, inspect, validate
+    from edgeq.pipeline import export
     from edgeq.report.codec import from_json, to_json
     from edgeq.report.record import Check, Notice, Report
     from edgeq.target.load import load_target
@@ -43,13 +44,13 @@ HOMES = {
     "EdgeqError": "edgeq.errors",
     "Notice": "edgeq.report.record",
     "Report": "edgeq.report.record",
-    "bench": "edgeq.pipeline",
+    "bench": "edgeq.examine",
     "export": "edgeq.pipeline",
     "from_json": "edgeq.report.codec",
-    "inspect": "edgeq.pipeline",
+    "inspect": "edgeq.examine",
     "load_target": "edgeq.target.load",
     "to_json": "edgeq.report.codec",
-    "validate": "edgeq.pipeline",
+    "validate": "edgeq.examine",
     "verify_package": "edgeq.packaging",
 }
 

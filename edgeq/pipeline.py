@@ -2,74 +2,43 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_ir as ir
-import onnxruntime
 
 from edgeq import recipe as recipes
 from edgeq import steps
 from edgeq.analyse.layers import layers
 from edgeq.analyse.store import Store
-from edgeq.errors import PackageError, UsageError, did_you_mean
+from edgeq.facts import environment, samples_facts, source_facts, target_facts, timing_facts
+from edgeq.given import Wanted, check_form, pins_of, preprocessing_of, samples_spec, target_of
 from edgeq.ir import io, query
 from edgeq.lower.emit import describe, emit
-from edgeq.packaging import PACKAGES, Golden, Package, check_free, read_directory, verify_package
+from edgeq.packaging import PACKAGES, Golden, Package, check_free
 from edgeq.report.progress import Progress
 from edgeq.report.record import Check, Coverage, Island, Report
 from edgeq.report.recorder import Recorder
-from edgeq.run.preprocess import Preprocessing
-from edgeq.run.record import Feed, Samples, Timing
+from edgeq.run.record import Feed, Samples
 from edgeq.run.samples import load_samples, split, take
-from edgeq.run.session import feeds_like, open_session, run_session
-from edgeq.run.timing import TimedConfig, compare, ratio
+from edgeq.run.session import open_session, run_session
+from edgeq.run.timing import TimedConfig
 from edgeq.search.settle import Draft, Settled, settle
 from edgeq.source import SourceInfo, read_model
-from edgeq.target.detect import cpu_flags
-from edgeq.target.load import load_target
 from edgeq.target.oracle import Oracle
 from edgeq.target.record import Target
 from edgeq.validator import Judge, Validation, latency, refuse_unmeasured, size
-from edgeq.validator import validate as measure
-from edgeq.version import __version__
 
 HELD_OUT = 0.25  # share of the calibration samples kept for evaluation when none are given
 GOLDEN_SAMPLES = 3
 TIMED_SAMPLES = 4
 LAYER_SAMPLES = 4
 VALIDATE_SECONDS = 15.0  # a thread count
-SYNTHETIC_SAMPLES = 32
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What the user holds the result to; None is left to edgeq. Ratios are to the best float configuration."""
-
-    metric: str | None = None
-    max_drop: float | None = None
-    max_latency_ms: float | None = None
-    min_speedup: float | None = None
-    max_size_ratio: float | None = None
-
-    def limits(self) -> dict[str, float]:
-        """As limits on checks by name."""
-        name = (self.metric or "top1").rpartition(":")[2]
-        found = {
-            f"{name}_drop": self.max_drop,
-            "latency_ms": self.max_latency_ms,
-            "latency_ratio": None if self.min_speedup is None else 1 / self.min_speedup,
-            "size_ratio": self.max_size_ratio,
-        }
-        return {key: value for key, value in found.items() if value is not None}
 
 
 def export(
@@ -105,9 +74,9 @@ def export(
     """
     wanted = Wanted(metric, max_drop, max_latency_ms, min_speedup, max_size_ratio)
     out, recorder = Path(out), Recorder(progress)
-    chosen_target = _target(target, threads)
+    chosen_target = target_of(target, threads)
     plan = recipes.parse(recipe, steps.KNOWN)
-    _check_form(form)
+    check_form(form)
     check_free(out, force=force)
     source, info, calibrate, held_out = _read(
         model, chosen_target, calibration, evaluation, synthetic, preprocessing, inputs, limit, seed, recorder
@@ -136,111 +105,6 @@ def export(
     return replace(report, artifact=artifact)
 
 
-def inspect(model: str | Path | ir.Model, *, target: str = "local", inputs: Sequence[str] = ()) -> Report:
-    """What ``model`` is made of and what ``target`` could run in integers, without data. Nothing is written."""
-    chosen, recorder = _target(target, None), Recorder()
-    source, info = read_model(model, opset=chosen.opset, pins=_pins(inputs))
-    context = steps.Context(chosen, Oracle(chosen), _random_samples(source, 1, 0), recorder)
-    prepared = steps.apply(recipes.parse("canonicalize; quantize", steps.KNOWN), source, context)
-    quantizer = prepared.quantizer
-    assert quantizer is not None
-    forecast = _forecast(quantizer)
-    return Report(
-        source=_source_facts(info, source), target=_target_facts(chosen), recipe="inspect", steps=tuple(recorder.steps),
-        coverage=forecast, notices=tuple(recorder.notices), environment=_environment(),
-        samples={"calibration": "random, shapes only"},
-    )  # fmt: skip
-
-
-def validate(
-    package: str | Path,
-    *,
-    evaluation: str | None = None,
-    reference: str | Path | None = None,
-    metric: str | None = None,
-    max_drop: float | None = None,
-    max_latency_ms: float | None = None,
-    min_speedup: float | None = None,
-    max_size_ratio: float | None = None,
-    threads: Sequence[int] | None = None,
-    synthetic: bool = False,
-    preprocessing: str | Path | None = None,
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> Report:
-    """Measure a package again on this machine: digests and golden runs, then accuracy and latency against
-    ``reference``, by default the model it was made from. Raises PackageError when the package is altered."""
-    folder, recorder = Path(package), Recorder(progress)
-    wanted = Wanted(metric, max_drop, max_latency_ms, min_speedup, max_size_ratio)
-    with recorder.step("verify"):
-        verify_package(folder)
-    shipped = read_directory(folder)
-    origin = str(reference or shipped.report.source.get("origin", ""))
-    chosen = replace(load_target("local"), session=dict(shipped.report.target.get("session", {})))
-    chosen = chosen if threads is None else replace(chosen, threads=tuple(threads))
-    if not origin or (reference is None and not Path(origin).is_file() and ":" not in origin):
-        raise PackageError(f"the float model {origin!r} isn't here", hint="name it with --reference")
-    model, info = read_model(origin, opset=chosen.opset)
-    spec = _spec(evaluation, synthetic, "evaluation", "-e")
-    samples = load_samples(spec, model, preprocessing=_preprocessing(preprocessing, shipped.preprocessing))
-    with recorder.step("validate", len(samples)):
-        validation = measure(
-            model, shipped.model, samples, metric=metric, limits=wanted.limits(), threads=chosen.threads,
-            provider=chosen.provider, config=chosen.session, seed=seed,
-        )  # fmt: skip
-    return replace(
-        shipped.report, checks=validation.checks, latency=_timings(validation), steps=tuple(recorder.steps),
-        notices=(*shipped.report.notices, *recorder.notices), environment=_environment(),
-        samples={"evaluation": _samples_facts(samples)}, candidates=(), source=_source_facts(info, model),
-    )  # fmt: skip
-
-
-def bench(
-    models: Sequence[str | Path],
-    *,
-    target: str = "local",
-    threads: Sequence[int] | None = None,
-    repeats: int | None = None,
-    inputs: Sequence[str] = (),
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> Report:
-    """Time files or packages against each other on random inputs, interleaved; ratios are to the first."""
-    chosen, recorder = _target(target, threads), Recorder(progress)
-    paths = [_model_file(Path(model)) for model in models]
-    configs = [
-        TimedConfig(str(model), path, config=chosen.session, provider=chosen.provider)
-        for model, path in zip(models, paths, strict=True)
-    ]
-    pins = _pins(inputs)
-    session = open_session(paths[0], provider=chosen.provider)
-    feed = feeds_like(session, seed)
-    feed |= {name: np.resize(feed[name], shape).astype(feed[name].dtype) for name, shape in pins.items()}
-    rounds: dict[str, Any] = {} if repeats is None else {"rounds": repeats, "min_seconds": 0.0, "max_seconds": 0.0}
-    timings: dict[str, dict[int, Timing]] = {config.name: {} for config in configs}
-    checks = []
-    for count in chosen.threads:
-        with recorder.step(f"time, {count} threads"):
-            run = compare(configs, [feed], threads=count, seed=seed, **rounds)
-        for config in configs:
-            timings[config.name][count] = run[config.name]
-        for config in configs[1:]:
-            found = ratio(run[config.name], run[configs[0].name])
-            checks.append(
-                Check(f"latency_ratio {config.name} {count}t", found.value, "", found.low, found.high,
-                      samples=len(run[config.name].laps_ms), note=f"to {configs[0].name}")
-            )  # fmt: skip
-    return Report(
-        source={"origin": [str(model) for model in models]}, target=_target_facts(chosen), recipe="bench",
-        steps=tuple(recorder.steps), checks=tuple(checks), environment=_environment(),
-        latency=_threads_as_text(timings),
-        samples={"evaluation": {"origin": "random", "synthetic": True}},
-    )  # fmt: skip
-
-
-# --- stages of export ------------------------------------------------------------------------------------------------
-
-
 def _read(
     model: str | Path | ir.Model,
     target: Target,
@@ -254,14 +118,14 @@ def _read(
     recorder: Recorder,
 ) -> tuple[ir.Model, SourceInfo, Samples, Samples]:
     """The model, and samples to calibrate and to evaluate on."""
-    spec = _spec(calibration, synthetic, "calibration", "-c")
+    spec = samples_spec(calibration, synthetic, "calibration", "-c")
     with recorder.step("read") as facts:
-        source, info = read_model(model, opset=target.opset, pins=_pins(inputs))
+        source, info = read_model(model, opset=target.opset, pins=pins_of(inputs))
         place = Path(str(model)).parent if isinstance(model, str | Path) and Path(model).is_file() else None
-        settings: dict[str, Any] = {"preprocessing": _preprocessing(preprocessing), "model_folder": place}
+        settings: dict[str, Any] = {"preprocessing": preprocessing_of(preprocessing), "model_folder": place}
         samples = load_samples(spec, source, limit=limit, **settings)
         if any(query.is_control_flow(node) for node in source.graph):
-            pins = {**_fixed_shapes(samples), **_pins(inputs)}  # branches on shapes need the shapes
+            pins = {**_fixed_shapes(samples), **pins_of(inputs)}  # branches on shapes need the shapes
             source, info = read_model(model, opset=target.opset, pins=pins, example=_fixed_scalars(samples))
         facts.update(nodes=source.graph.num_nodes(), opset_found=info.opset, notes=info.notes)
     for name, value in info.fixed.items():
@@ -384,9 +248,6 @@ def _dump(folder: Path, source: ir.Model, prepared: steps.Prepared, settled: Set
         io.write(model, folder / f"{index:02d}-{name}.onnx")
 
 
-# --- the report ------------------------------------------------------------------------------------------------------
-
-
 def _report(
     settled: Settled, validation: Validation, info: SourceInfo, plan: recipes.Recipe, prepared: steps.Prepared,
     calibrate: Samples, held_out: Samples, context: steps.Context,
@@ -398,17 +259,17 @@ def _report(
             feeds = [*take(held_out, LAYER_SAMPLES)]
             rows = layers(prepared.model, chosen.model, chosen.plan, feeds, context.target)
     return Report(
-        source=_source_facts(info, prepared.model),
-        target=_target_facts(context.target),
+        source=source_facts(info, prepared.model),
+        target=target_facts(context.target),
         recipe=str(plan),
         artifact=describe(chosen.model, context.target, chosen.path),
         steps=tuple(recorder.steps),
         checks=validation.checks,
         coverage=chosen.coverage or _float_coverage(chosen, prepared.quantizer),
         notices=tuple(recorder.notices),
-        environment=_environment(),
-        samples={"calibration": _samples_facts(calibrate), "evaluation": _samples_facts(held_out)},
-        latency=_timings(validation),
+        environment=environment(),
+        samples={"calibration": samples_facts(calibrate), "evaluation": samples_facts(held_out)},
+        latency=timing_facts(validation.timings),
         layers=rows,
         candidates=settled.trials,
     )
@@ -422,110 +283,3 @@ def _float_coverage(draft: Draft, quantizer: steps.Quantizer | None) -> Coverage
         for atom in quantizer.atoms if quantizer.work(atom)
     )  # fmt: skip
     return Coverage(0.0, 0, 0, count, 0, islands)
-
-
-def _forecast(quantizer: steps.Quantizer) -> Coverage:
-    """What the first plan would run in integers, from the oracle alone."""
-    plan = quantizer.plan()
-    total = sum(quantizer.work(atom) for atom in quantizer.atoms)
-    integer = [atom for atom in quantizer.atoms if atom.name in plan.integer]
-    movers = sum(atom.verdict.kind == "mover" for atom in integer)
-    islands = tuple(
-        Island(atom.name, atom.head.op_type, plan.left_float[atom.name], quantizer.work(atom))
-        for atom in quantizer.atoms
-        if atom.name in plan.left_float and any(query.is_float(value) for value in atom.outputs)
-    )
-    kernels: dict[str, int] = {}
-    for kernel in plan.integer.values():
-        kernels[kernel] = kernels.get(kernel, 0) + 1
-    share = sum(quantizer.work(atom) for atom in integer) / total if total else 0.0
-    return Coverage(share, len(integer) - movers, movers, len(islands), 0, islands, (), kernels)
-
-
-def _source_facts(info: SourceInfo, model: ir.Model) -> dict[str, Any]:
-    return {
-        "origin": info.origin, "kind": info.kind, "opset": info.opset, "digest": info.digest, "notes": list(info.notes),
-        "fixed": dict(info.fixed), "nodes": model.graph.num_nodes(), "weight_bytes": io.weight_bytes(model),
-    }  # fmt: skip
-
-
-def _target_facts(target: Target) -> dict[str, Any]:
-    facts = asdict(target)
-    return {
-        **facts, "activations": str(target.activations), "weights": str(target.weights),
-        "isa": list(target.isa), "threads": list(target.threads),
-    }  # fmt: skip
-
-
-def _samples_facts(samples: Samples) -> dict[str, Any]:
-    return {
-        "origin": samples.origin, "count": len(samples), "digest": samples.digest, "synthetic": samples.synthetic,
-        "labelled": samples.labels is not None,
-    }  # fmt: skip
-
-
-def _timings(validation: Validation) -> dict[str, Any]:
-    return _threads_as_text(validation.timings)
-
-
-def _threads_as_text(timings: Mapping[str, Mapping[int, Timing]]) -> dict[str, Any]:
-    return {name: {str(count): asdict(timing) for count, timing in runs.items()} for name, runs in timings.items()}
-
-
-def _environment() -> dict[str, Any]:
-    return {
-        "edgeq": __version__, "onnxruntime": onnxruntime.__version__, "onnx": onnx.__version__,
-        "python": platform.python_version(), "machine": platform.machine(), "system": platform.system(),
-        "cores": os.cpu_count(), "vnni": bool({"avx512_vnni", "avx_vnni"} & cpu_flags()),
-    }  # fmt: skip
-
-
-# --- what the user gave ----------------------------------------------------------------------------------------------
-
-
-def _target(name: str, threads: Sequence[int] | None) -> Target:
-    target = load_target(name)
-    return target if threads is None else replace(target, threads=tuple(threads))
-
-
-def _check_form(form: str) -> None:
-    if form not in PACKAGES:
-        raise UsageError(f"unknown package form {form!r}", hint=did_you_mean(form, list(PACKAGES)))
-
-
-def _spec(spec: str | None, synthetic: bool, what: str, flag: str) -> str:
-    """The samples to use; random ones only when asked for."""
-    if spec is None and synthetic:
-        return f"synthetic:{SYNTHETIC_SAMPLES}"
-    if spec is None:
-        raise UsageError(f"no {what} data given", hint=f"give real samples with {flag}, or --synthetic for random ones")
-    if spec.startswith("synthetic:") and not synthetic:
-        raise UsageError(f"{what} data {spec!r} is random", hint="add --synthetic if random data is really meant")
-    return spec
-
-
-def _preprocessing(given: str | Path | None, shipped: Mapping[str, Any] | None = None) -> Preprocessing | Path | None:
-    if given is not None:
-        return Path(given)
-    return Preprocessing.from_dict(shipped) if shipped else None
-
-
-def _pins(inputs: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """``x=1,3,224,224`` -> {"x": (1, 3, 224, 224)}."""
-    pins = {}
-    for text in inputs:
-        name, equals, shape = text.partition("=")
-        words = shape.split(",")
-        if not equals or not name or not all(word.strip().isdigit() for word in words):
-            raise UsageError(f"can't read input shape {text!r}", hint="write NAME=1,3,224,224")
-        pins[name] = tuple(int(word) for word in words)
-    return pins
-
-
-def _random_samples(model: ir.Model, count: int, seed: int) -> Samples:
-    return load_samples(f"synthetic:{count}:{seed}", model)
-
-
-def _model_file(path: Path) -> Path:
-    """A model file, or the one inside a package."""
-    return read_directory(path).model if path.is_dir() else path

@@ -105,7 +105,7 @@ def inspect(model: str, target: str, inputs: tuple[str, ...]) -> Report:
     \b
     edgeq inspect net.onnx -t cpu-x64-vnni
     """
-    from edgeq.pipeline import inspect as run
+    from edgeq.examine import inspect as run
 
     return run(model, target=target, inputs=list(inputs))
 
@@ -129,7 +129,7 @@ def validate(package: Path, quiet: bool, **settings: Any) -> Report:
     \b
     edgeq validate net.edgeq -e eval.npz --max-drop 0.5 --max-latency 8
     """
-    from edgeq.pipeline import validate as run
+    from edgeq.examine import validate as run
 
     with _progress(quiet) as progress:
         return run(package, progress=progress, **settings)
@@ -152,7 +152,7 @@ def bench(models: tuple[str, ...], inputs: tuple[str, ...], quiet: bool, **setti
     \b
     edgeq bench net.onnx net.edgeq --threads 1,2
     """
-    from edgeq.pipeline import bench as run
+    from edgeq.examine import bench as run
 
     with _progress(quiet) as progress:
         return run(list(models), inputs=list(inputs), progress=progress, **settings)

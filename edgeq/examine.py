@@ -1,0 +1,150 @@
+"""Looking at models and packages without making any: inspect, validate, bench (L10)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from edgeq import recipe as recipes
+from edgeq import steps
+from edgeq.errors import PackageError
+from edgeq.facts import environment, samples_facts, source_facts, target_facts, timing_facts
+from edgeq.given import Wanted, model_file, pins_of, preprocessing_of, random_samples, samples_spec, target_of
+from edgeq.ir import query
+from edgeq.packaging import read_directory, verify_package
+from edgeq.report.progress import Progress
+from edgeq.report.record import Check, Coverage, Island, Report
+from edgeq.report.recorder import Recorder
+from edgeq.run.record import Timing
+from edgeq.run.samples import load_samples
+from edgeq.run.session import feeds_like, open_session
+from edgeq.run.timing import TimedConfig, compare, ratio
+from edgeq.source import read_model
+from edgeq.target.load import load_target
+from edgeq.target.oracle import Oracle
+from edgeq.validator import validate as measure
+
+
+def inspect(model: str | Path | ir.Model, *, target: str = "local", inputs: Sequence[str] = ()) -> Report:
+    """What ``model`` is made of and what ``target`` could run in integers, without data. Nothing is written."""
+    chosen, recorder = target_of(target, None), Recorder()
+    source, info = read_model(model, opset=chosen.opset, pins=pins_of(inputs))
+    context = steps.Context(chosen, Oracle(chosen), random_samples(source, 1, 0), recorder)
+    prepared = steps.apply(recipes.parse("canonicalize; quantize", steps.KNOWN), source, context)
+    quantizer = prepared.quantizer
+    assert quantizer is not None
+    forecast = _forecast(quantizer)
+    return Report(
+        source=source_facts(info, source), target=target_facts(chosen), recipe="inspect", steps=tuple(recorder.steps),
+        coverage=forecast, notices=tuple(recorder.notices), environment=environment(),
+        samples={"calibration": "random, shapes only"},
+    )  # fmt: skip
+
+
+def validate(
+    package: str | Path,
+    *,
+    evaluation: str | None = None,
+    reference: str | Path | None = None,
+    metric: str | None = None,
+    max_drop: float | None = None,
+    max_latency_ms: float | None = None,
+    min_speedup: float | None = None,
+    max_size_ratio: float | None = None,
+    threads: Sequence[int] | None = None,
+    synthetic: bool = False,
+    preprocessing: str | Path | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Report:
+    """Measure a package again on this machine: digests and golden runs, then accuracy and latency against
+    ``reference``, by default the model it was made from. Raises PackageError when the package is altered."""
+    folder, recorder = Path(package), Recorder(progress)
+    wanted = Wanted(metric, max_drop, max_latency_ms, min_speedup, max_size_ratio)
+    with recorder.step("verify"):
+        verify_package(folder)
+    shipped = read_directory(folder)
+    origin = str(reference or shipped.report.source.get("origin", ""))
+    chosen = replace(load_target("local"), session=dict(shipped.report.target.get("session", {})))
+    chosen = chosen if threads is None else replace(chosen, threads=tuple(threads))
+    if not origin or (reference is None and not Path(origin).is_file() and ":" not in origin):
+        raise PackageError(f"the float model {origin!r} isn't here", hint="name it with --reference")
+    model, info = read_model(origin, opset=chosen.opset)
+    spec = samples_spec(evaluation, synthetic, "evaluation", "-e")
+    samples = load_samples(spec, model, preprocessing=preprocessing_of(preprocessing, shipped.preprocessing))
+    with recorder.step("validate", len(samples)):
+        validation = measure(
+            model, shipped.model, samples, metric=metric, limits=wanted.limits(), threads=chosen.threads,
+            provider=chosen.provider, config=chosen.session, seed=seed,
+        )  # fmt: skip
+    return replace(
+        shipped.report, checks=validation.checks, latency=timing_facts(validation.timings), steps=tuple(recorder.steps),
+        notices=(*shipped.report.notices, *recorder.notices), environment=environment(),
+        samples={"evaluation": samples_facts(samples)}, candidates=(), source=source_facts(info, model),
+    )  # fmt: skip
+
+
+def bench(
+    models: Sequence[str | Path],
+    *,
+    target: str = "local",
+    threads: Sequence[int] | None = None,
+    repeats: int | None = None,
+    inputs: Sequence[str] = (),
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Report:
+    """Time files or packages against each other on random inputs, interleaved; ratios are to the first."""
+    chosen, recorder = target_of(target, threads), Recorder(progress)
+    paths = [model_file(Path(model)) for model in models]
+    configs = [
+        TimedConfig(str(model), path, config=chosen.session, provider=chosen.provider)
+        for model, path in zip(models, paths, strict=True)
+    ]
+    pins = pins_of(inputs)
+    session = open_session(paths[0], provider=chosen.provider)
+    feed = feeds_like(session, seed)
+    feed |= {name: np.resize(feed[name], shape).astype(feed[name].dtype) for name, shape in pins.items()}
+    rounds: dict[str, Any] = {} if repeats is None else {"rounds": repeats, "min_seconds": 0.0, "max_seconds": 0.0}
+    timings: dict[str, dict[int, Timing]] = {config.name: {} for config in configs}
+    checks = []
+    for count in chosen.threads:
+        with recorder.step(f"time, {count} threads"):
+            run = compare(configs, [feed], threads=count, seed=seed, **rounds)
+        for config in configs:
+            timings[config.name][count] = run[config.name]
+        for config in configs[1:]:
+            found = ratio(run[config.name], run[configs[0].name])
+            checks.append(
+                Check(f"latency_ratio {config.name} {count}t", found.value, "", found.low, found.high,
+                      samples=len(run[config.name].laps_ms), note=f"to {configs[0].name}")
+            )  # fmt: skip
+    return Report(
+        source={"origin": [str(model) for model in models]}, target=target_facts(chosen), recipe="bench",
+        steps=tuple(recorder.steps), checks=tuple(checks), environment=environment(),
+        latency=timing_facts(timings),
+        samples={"evaluation": {"origin": "random", "synthetic": True}},
+    )  # fmt: skip
+
+
+def _forecast(quantizer: steps.Quantizer) -> Coverage:
+    """What the first plan would run in integers, from the oracle alone."""
+    plan = quantizer.plan()
+    total = sum(quantizer.work(atom) for atom in quantizer.atoms)
+    integer = [atom for atom in quantizer.atoms if atom.name in plan.integer]
+    movers = sum(atom.verdict.kind == "mover" for atom in integer)
+    islands = tuple(
+        Island(atom.name, atom.head.op_type, plan.left_float[atom.name], quantizer.work(atom))
+        for atom in quantizer.atoms
+        if atom.name in plan.left_float and any(query.is_float(value) for value in atom.outputs)
+    )
+    kernels: dict[str, int] = {}
+    for kernel in plan.integer.values():
+        kernels[kernel] = kernels.get(kernel, 0) + 1
+    share = sum(quantizer.work(atom) for atom in integer) / total if total else 0.0
+    return Coverage(share, len(integer) - movers, movers, len(islands), 0, islands, (), kernels)

@@ -1,0 +1,90 @@
+"""What the user gave, read and checked: limits, shapes, data, target (L9)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from edgeq.errors import UsageError, did_you_mean
+from edgeq.packaging import PACKAGES, read_directory
+from edgeq.run.preprocess import Preprocessing
+from edgeq.run.record import Samples
+from edgeq.run.samples import load_samples
+from edgeq.target.load import load_target
+from edgeq.target.record import Target
+
+SYNTHETIC_SAMPLES = 32
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the user holds the result to; None is left to edgeq. Ratios are to the best float configuration."""
+
+    metric: str | None = None
+    max_drop: float | None = None
+    max_latency_ms: float | None = None
+    min_speedup: float | None = None
+    max_size_ratio: float | None = None
+
+    def limits(self) -> dict[str, float]:
+        """As limits on checks by name."""
+        name = (self.metric or "top1").rpartition(":")[2]
+        found = {
+            f"{name}_drop": self.max_drop,
+            "latency_ms": self.max_latency_ms,
+            "latency_ratio": None if self.min_speedup is None else 1 / self.min_speedup,
+            "size_ratio": self.max_size_ratio,
+        }
+        return {key: value for key, value in found.items() if value is not None}
+
+
+def target_of(name: str, threads: Sequence[int] | None) -> Target:
+    target = load_target(name)
+    return target if threads is None else replace(target, threads=tuple(threads))
+
+
+def check_form(form: str) -> None:
+    if form not in PACKAGES:
+        raise UsageError(f"unknown package form {form!r}", hint=did_you_mean(form, list(PACKAGES)))
+
+
+def samples_spec(spec: str | None, synthetic: bool, what: str, flag: str) -> str:
+    """The samples to use; random ones only when asked for."""
+    if spec is None and synthetic:
+        return f"synthetic:{SYNTHETIC_SAMPLES}"
+    if spec is None:
+        raise UsageError(f"no {what} data given", hint=f"give real samples with {flag}, or --synthetic for random ones")
+    if spec.startswith("synthetic:") and not synthetic:
+        raise UsageError(f"{what} data {spec!r} is random", hint="add --synthetic if random data is really meant")
+    return spec
+
+
+def preprocessing_of(given: str | Path | None, shipped: Mapping[str, Any] | None = None) -> Preprocessing | Path | None:
+    if given is not None:
+        return Path(given)
+    return Preprocessing.from_dict(shipped) if shipped else None
+
+
+def pins_of(inputs: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """``x=1,3,224,224`` -> {"x": (1, 3, 224, 224)}."""
+    pins = {}
+    for text in inputs:
+        name, equals, shape = text.partition("=")
+        words = shape.split(",")
+        if not equals or not name or not all(word.strip().isdigit() for word in words):
+            raise UsageError(f"can't read input shape {text!r}", hint="write NAME=1,3,224,224")
+        pins[name] = tuple(int(word) for word in words)
+    return pins
+
+
+def random_samples(model: ir.Model, count: int, seed: int) -> Samples:
+    return load_samples(f"synthetic:{count}:{seed}", model)
+
+
+def model_file(path: Path) -> Path:
+    """A model file, or the one inside a package."""
+    return read_directory(path).model if path.is_dir() else path
