@@ -9,7 +9,7 @@ so the answer is never worse than what the user had.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
@@ -72,7 +72,7 @@ def settle(
     folder: Path,
 ) -> Settled:
     """Choose among ``floats`` and what ``quantizer`` can make. ``folder`` receives the candidates' files."""
-    drafts = list(_integer_drafts(quantizer, judge, context, folder)) if quantizer is not None else []
+    drafts = _integer_drafts(quantizer, judge, context, folder) if quantizer is not None else []
     accurate = [draft for draft in drafts if draft.accurate]
     with context.recorder.step("race") as facts:
         ratios, best_float = _race(list(floats), accurate, feeds, context)
@@ -86,6 +86,7 @@ def settle(
 
 
 def _integer_drafts(quantizer: Quantizer, judge: Judge, context: Context, folder: Path) -> list[Draft]:
+    """Every integer draft that was made, judged, in order; the last ones are repairs when none was accurate."""
     first = _draft("int8 everywhere it fuses", quantizer, context, folder)
     if first is None:
         context.recorder.warn("nothing-to-quantize", "no node of this model has an integer kernel worth its Q/DQ")
@@ -93,12 +94,11 @@ def _integer_drafts(quantizer: Quantizer, judge: Judge, context: Context, folder
     if first.plan is not None:
         quantizer.learn_costs(first.plan, first.model)
     second = _draft("int8 where this machine gains", quantizer, context, folder)
-    if second is None or _same(first, second):
-        return [_repaired(_judged(first, judge, context), quantizer, judge, context, folder)]
-    drafts = [_judged(draft, judge, context) for draft in (first, second)]
+    made = [first] if second is None or _same(first, second) else [first, second]
+    drafts = [_judged(draft, judge, context) for draft in made]
     if any(draft.accurate for draft in drafts):
         return drafts
-    return [drafts[0], _repaired(drafts[1], quantizer, judge, context, folder)]
+    return [*drafts, *_repairs(drafts[-1], quantizer, judge, context, folder)]
 
 
 def _same(one: Draft, other: Draft) -> bool:
@@ -125,38 +125,31 @@ def _judged(draft: Draft, judge: Judge, context: Context) -> Draft:
         return replace(draft, checks=tuple(judge(draft.path)))
 
 
-def _repaired(draft: Draft, quantizer: Quantizer, judge: Judge, context: Context, folder: Path) -> Draft:
-    """The draft itself when accurate; else one with better ranges, else one with as few atoms in float as it takes."""
-    if draft.accurate or draft.plan is None:
-        return draft
+def _repairs(draft: Draft, quantizer: Quantizer, judge: Judge, context: Context, folder: Path) -> Iterator[Draft]:
+    """Drafts that repair ``draft``, until one is accurate: with better ranges, then with 1, 2, 4 ... of the most
+    harmful atoms back in float."""
+    if draft.plan is None:
+        return
     noise = quantizer.sensitivity(draft.plan)
     loudest = sorted(noise, key=noise.__getitem__, reverse=True)[:REFINED]
     if quantizer.refine_ranges(draft.plan, loudest):
         refined = _draft(f"{draft.name}, ranges refined", quantizer, context, folder)
-        if refined is None or refined.plan is None:
-            return draft
-        draft = _judged(refined, judge, context)
-        if draft.accurate:
-            return draft
-        noise = quantizer.sensitivity(refined.plan)
-    return _relieved(draft, _ranked(noise, quantizer), quantizer, judge, context, folder)
-
-
-def _relieved(
-    draft: Draft, ranked: list[tuple[str, float]], quantizer: Quantizer, judge: Judge, context: Context, folder: Path
-) -> Draft:
-    """The first accurate draft with 1, 2, 4 … atoms of ``ranked`` back in float, or ``draft`` when there is none."""
+        if refined is not None and refined.plan is not None:
+            refined = _judged(refined, judge, context)
+            yield refined
+            if refined.accurate or refined.plan is None:
+                return
+            noise = quantizer.sensitivity(refined.plan)
+    ranked = _ranked(noise, quantizer)
     for count in (1 << step for step in range(REPAIR_ROUNDS)):
-        reasons = {name: f"quantized alone it leaves {decibel(noise):.1f} dB of SNR" for name, noise in ranked[:count]}
+        reasons = {name: f"quantized alone it leaves {decibel(value):.1f} dB of SNR" for name, value in ranked[:count]}
         tried = _draft(f"{draft.name}, {len(reasons)} most sensitive kept float", quantizer, context, folder, reasons)
         if tried is None:
-            break
+            return
         tried = replace(_judged(tried, judge, context), kept_float=reasons)
-        if tried.accurate:
-            return tried
-        if count >= len(ranked):
-            break
-    return draft
+        yield tried
+        if tried.accurate or count >= len(ranked):
+            return
 
 
 def _ranked(noise: Mapping[str, float], quantizer: Quantizer) -> list[tuple[str, float]]:
