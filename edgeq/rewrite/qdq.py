@@ -38,10 +38,11 @@ def insert_qdq(model: ir.Model, plan: Plan, encodings: Encodings) -> ir.Model:
             names,
             None if name in integer_outputs else readers.get(name, []),
         )
+    stored: dict[tuple[str, ...], list[ir.Value]] = {}
     for (node, index), params in encodings.constants.items():
         if node not in plan.integer:
             continue  # encodings of a larger plan serve its parts
-        _quantize_constant(clone.graph, heads[node], index, params, names)
+        _quantize_constant(clone.graph, heads[node], index, params, names, stored)
     integer_nodes = {str(node.name) for atom in plan.atoms if atom.name in plan.integer for node in atom.nodes}
     for (node, index), (codes, scales) in encodings.biases.items():
         if node not in integer_nodes:
@@ -108,17 +109,25 @@ def _hand_over_output(graph: ir.Graph, value: ir.Value, new: ir.Value, names: ed
             graph.outputs[index] = new
 
 
-def _quantize_constant(graph: ir.Graph, node: ir.Node, index: int, params: QParams, names: edit.Names) -> None:
+def _quantize_constant(
+    graph: ir.Graph,
+    node: ir.Node,
+    index: int,
+    params: QParams,
+    names: edit.Names,
+    stored: dict[tuple[str, ...], list[ir.Value]],
+) -> None:
+    """``stored``: codes, scale and zero point by constant and mapping, so that shared weights are shared as codes."""
     value = node.inputs[index]
     array = query.constant(value)
     if value is None or array is None:
         raise TypeError(f"input {index} of {node.name} is not constant")
-    dtype = _dtype(params)
-    codes = quantize(array.astype(np.float32), params).astype(dtype.numpy())
-    name = names.fresh(f"{value.name}_quantized")
-    stored = edit.add_initializer(graph, name, codes)
-    scale, zero = _parameters(graph, name, params, names)
-    _dequantize(graph, node, index, [stored, scale, zero], params.axis, names)
+    key = (str(value.name), str(params.quant), str(params.axis), params.scale.tobytes().hex(), str(params.codes))
+    if key not in stored:
+        name = names.fresh(f"{value.name}_quantized")
+        codes = quantize(array.astype(np.float32), params).astype(_dtype(params).numpy())
+        stored[key] = [edit.add_initializer(graph, name, codes), *_parameters(graph, name, params, names)]
+    _dequantize(graph, node, index, stored[key], params.axis, names)
 
 
 def _quantize_bias(
