@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from edgeq import recipe as recipes
 from edgeq import steps
+from edgeq.analyse.place import Costs, place
 from edgeq.errors import PackageError
 from edgeq.facts import environment, samples_facts, source_facts, target_facts, timing_facts
 from edgeq.given import Wanted, model_file, pins_of, preprocessing_of, random_samples, samples_spec, target_of
@@ -39,6 +40,8 @@ def inspect(model: str | Path | ir.Model, *, target: str = "local", inputs: Sequ
     quantizer = prepared.quantizer
     assert quantizer is not None
     forecast = _forecast(quantizer)
+    if any(None in (query.dims(value) or (None,)) for value in source.graph.inputs):
+        recorder.info("dynamic", "dynamic axes are counted as 1: pin them with --input to see real work")
     return Report(
         source=source_facts(info, source), target=target_facts(chosen), recipe="inspect", steps=tuple(recorder.steps),
         coverage=forecast, notices=tuple(recorder.notices), environment=environment(),
@@ -133,8 +136,11 @@ def bench(
 
 
 def _forecast(quantizer: steps.Quantizer) -> Coverage:
-    """What the first plan would run in integers, from the oracle alone."""
-    plan = quantizer.plan()
+    """What the target has integer kernels for, from the oracle alone: whether they pay is measured by export."""
+    names = [atom.name for atom in quantizer.atoms]
+    edges = {str(value.name) for atom in quantizer.atoms for value in (*atom.inputs, *atom.outputs)}
+    free = Costs(dict.fromkeys(names, 1.0), dict.fromkeys(names, 0.0), dict.fromkeys(edges, 0.0))
+    plan = place(quantizer.atoms, quantizer.context.target, free)
     total = sum(quantizer.work(atom) for atom in quantizer.atoms)
     integer = [atom for atom in quantizer.atoms if atom.name in plan.integer]
     movers = sum(atom.verdict.kind == "mover" for atom in integer)
