@@ -67,6 +67,9 @@ def _options(step: str, text: str, known: frozenset[str]) -> dict[str, str]:
         if not equals or not value:
             raise RecipeError(f"option {word!r} of step {step!r} has no value", hint=f"write {key}=VALUE")
         if key not in known:
-            raise RecipeError(f"step {step!r} has no option {key!r}", hint=did_you_mean(key, list(known)))
+            hint = did_you_mean(key, list(known)) if known else "it takes none"
+            raise RecipeError(f"step {step!r} has no option {key!r}", hint=hint)
+        if key in options:
+            raise RecipeError(f"option {key!r} of step {step!r} is given twice", hint="keep one")
         options[key] = value
     return options

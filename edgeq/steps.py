@@ -57,6 +57,7 @@ class Context:
     store: Store | None = None
     threads: int = 2
     seed: int = 0
+    keep_float: dict[str, str] = field(default_factory=dict)  # node -> why no plan may make it integer
 
     def observe(self, model: ir.Model, taps: list[str]) -> dict[str, Stats]:
         """Statistics of ``taps`` over the calibration samples, from the store where they are known."""
@@ -95,7 +96,11 @@ def smooth(model: ir.Model, context: Context) -> ir.Model:
         facts["tensors"] = len(found)
         if found:
             facts["gain_db"] = round(sum(s.after_db - s.before_db for s in found) / len(found), 1)
-    return smooth_model(model, found)
+    result = smooth_model(model, found)
+    known = {node.name for node in model.graph}
+    added = [str(node.name) for node in result.graph if node.name not in known]
+    context.keep_float.update(dict.fromkeys(added, "it evens out channels before they are rounded, not after"))
+    return result
 
 
 class Quantizer:
@@ -110,7 +115,7 @@ class Quantizer:
             self.atoms = placement.find_atoms(model, context.target, context.oracle)
             facts.update(atoms=len(self.atoms), probes=context.oracle.sessions)
         self.costs = placement.default_costs(self.atoms, self.shapes)
-        self.keep_float: dict[str, str] = {}
+        self.keep_float = dict(context.keep_float)
         self.stats: dict[str, Stats] = {}
 
     def work(self, atom: placement.Atom) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -102,6 +102,7 @@ def placed(
     feeds: Sequence[Feed] | None = None,
     count: int = 4,
     ranges: Ranges = MINMAX,
+    keep_float: Mapping[str, str] | None = None,
     **dims: int,
 ) -> Placed:
     """A graph in text form, or a model, with all that fuses made integer, verified."""
@@ -110,7 +111,7 @@ def placed(
     feeds = tuple(random_feed(model, dims) for _ in range(count)) if feeds is None else tuple(feeds)
     goal = load_target(target)
     atoms = find_atoms(model, goal, oracle_of(target))
-    plan = place(atoms, goal, all_integer(atoms))
+    plan = place(atoms, goal, all_integer(atoms), keep_float=keep_float)
     stats = dict(observe(model, observed(plan), samples_of(feeds), threads=1)) if plan.tensors else {}
     encodings = encode(plan, stats, goal, ranges=ranges)
     quantized = insert_qdq(model, plan, encodings)

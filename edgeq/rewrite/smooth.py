@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import numpy as np
 import onnx_ir as ir
 
 from edgeq.analyse.smoothing import Smoothing
@@ -54,7 +53,8 @@ def _multiply(
     graph: ir.Graph, value: ir.Value, smoothing: Smoothing, readers: list[ir.Node], names: edit.Names
 ) -> None:
     stem = names.fresh(f"{value.name}_smoothed")
-    factor = edit.add_initializer(graph, names.fresh(f"{stem}_factor"), np.asarray(1 / smoothing.scale, np.float32))
+    dtype = (value.dtype or ir.DataType.FLOAT).numpy()
+    factor = edit.add_initializer(graph, names.fresh(f"{stem}_factor"), (1 / smoothing.scale).astype(dtype))
     node = edit.make_node("Mul", [value, factor], names.fresh(f"{stem}_Mul"), stem, like=value)
     producer = value.producer()
     if producer is None:
