@@ -94,6 +94,7 @@ def export(
             provider=chosen_target.provider, config=chosen_target.session,
         )  # fmt: skip
         floats = _floats(source, prepared, reference, judge, context, folder)
+        refuse_unmeasured(wanted.limits(), floats[-1].checks or judge(reference))  # before the long work, not after
         feeds = [*take(held_out, TIMED_SAMPLES)]
         settled = settle(floats, prepared.quantizer, judge, feeds, context, folder)
         validation = _validate(settled, floats, judge, held_out, wanted, context)
@@ -188,7 +189,6 @@ def _validate(
     artifact = TimedConfig("artifact", chosen.path, config=target.session, provider=target.provider)
     with context.recorder.step("validate", len(held_out)):
         accurate = chosen.checks or judge(chosen.path)
-        refuse_unmeasured(limits, accurate)
         fast = latency(
             configs, artifact, [*take(held_out, TIMED_SAMPLES)], threads=target.threads, limits=limits,
             max_seconds=VALIDATE_SECONDS, seed=context.seed,

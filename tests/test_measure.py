@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from edgeq.analyse.measure import _by_atom, measure
+from edgeq.analyse.measure import _by_atom, _crossed, measure
 from edgeq.analyse.place import default_costs, place
 from edgeq.run.profile import profile
 from tests.graphs import normal
@@ -49,6 +49,23 @@ def test_products_of_rank_3_are_timed_under_their_own_name() -> None:
     default = default_costs(made.plan.atoms, made.shapes)
     ratio = {name: costs.float_ns[name] / default.float_ns[name] for name in default.float_ns}
     assert ratio["MatMul_node"] != ratio["Softmax_node"], "both were measured, neither is scaled from the other"
+
+
+def test_borders_are_shared_among_the_tensors_that_cross() -> None:
+    """A Q at the input, a DQ ahead of Erf, a Q behind Tanh, a DQ for the caller: the price of each is what Q, DQ and
+    layout changes cost together, by size."""
+    made = placed(LARGE, WEIGHTS)
+    assert sorted(_crossed(made.plan)) == ["r", "s", "x", "y"]
+    _, borders = _by_atom(made.model, made.plan.atoms, made.feeds, made.target, 1)
+    costs = measure(made.source, made.model, made.plan, made.feeds, made.shapes, made.target)
+    total = sum(costs.boundary_ns[name] for name in ("r", "s", "x", "y"))
+    assert total == pytest.approx(borders, rel=1.5), "two profiles of the same kernels"
+
+
+def test_what_writes_float_itself_crosses_nothing() -> None:
+    made = placed("(float[5,16] x) => (float[5,8] y) { t = MatMul(x, w) y = Tanh(t) }", {"w": normal(16, 8)})
+    assert made.plan.bare
+    assert _crossed(made.plan) == ["x"]
 
 
 def test_one_lap_makes_a_profile() -> None:

@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from edgeq.analyse.coverage import QDQ, trace
 from edgeq.analyse.place import Atom, Costs, Plan, Shapes, default_costs
+from edgeq.ir import query
 from edgeq.run.profile import profile
 from edgeq.run.record import Feed
 from edgeq.target.record import Target
@@ -60,12 +61,14 @@ def _by_atom(
 
 
 def _crossed(plan: Plan) -> list[str]:
-    """Tensors that pass between the two worlds under ``plan``."""
+    """Tensors that pass between the two worlds under ``plan``: a Q where integer atoms read what is float, a DQ where
+    anything else reads what they write as codes, the caller of the model included."""
     integer = [atom for atom in plan.atoms if atom.name in plan.integer]
-    written = {id(value) for atom in integer for value in atom.outputs}
-    read_as_float = {id(v) for atom in plan.atoms if atom.name not in plan.integer for v in atom.inputs}
-    touched = {id(value): value for atom in integer for value in (*atom.inputs, *atom.outputs)}
-    return [str(value.name) for key, value in touched.items() if key not in written or key in read_as_float]
+    inner = {node for atom in integer for node in atom.nodes}
+    codes = {value for atom in integer if atom.name not in plan.bare for value in atom.outputs}
+    quantized = {value for atom in integer for value in atom.inputs if value not in codes}
+    shown = {v for v in codes if v.is_graph_output() or any(node not in inner for node in query.users(v))}
+    return [str(value.name) for value in (*quantized, *shown)]
 
 
 def _rate(measured: Mapping[str, float], default: Mapping[str, float]) -> float:

@@ -1,0 +1,105 @@
+"""Settling: what ships is accurate and proven, repairs find the culprit, and the report says why the rest does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from edgeq import steps
+from edgeq.ir import io, query
+from edgeq.lower.emit import emit
+from edgeq.report.record import Check
+from edgeq.report.recorder import Recorder
+from edgeq.search import settle as settling
+from edgeq.search.settle import Draft, Settled, settle
+from edgeq.source import read_model
+from edgeq.steps import Context
+from edgeq.target.load import load_target
+from tests.graphs import graph, normal, random_feed
+from tests.placed import VNNI, oracle_of, samples_of
+
+POINT = "Conv<kernel_shape=[1,1]>"
+NET = (
+    "(float[1,128,20,20] t0) => (float[1,128,20,20] t6) { "
+    + " ".join(f"s{i} = {POINT}(t{i - 1}, w{i}, b) t{i} = Relu(s{i})" for i in range(1, 7))
+    + " }"
+)
+WEIGHTS = {"b": normal(128), **{f"w{i}": normal(128, 128, 1, 1) * 0.1 for i in range(1, 7)}}
+pytestmark = pytest.mark.slow
+Rule = Callable[[set[str]], bool]
+
+
+def settled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rule: Rule, text: str = NET
+) -> tuple[Settled, Context, list[set[str]]]:
+    """A model settled under a judge that passes a file by the names of its float Convs; and what the judge saw."""
+    monkeypatch.setattr(settling, "DECIDE_SECONDS", 0.5)
+    # A profile would let the load of the machine decide what is planned; default costs are the same everywhere.
+    monkeypatch.setattr(steps.Quantizer, "learn_costs", lambda *_: None)
+    model, _ = read_model(graph(text, WEIGHTS), opset=21)
+    feeds = [random_feed(model) for _ in range(4)]
+    target = steps.replace(load_target(VNNI), threads=(1,))
+    context = Context(target, oracle_of(VNNI), samples_of(feeds), Recorder(), threads=1)
+    seen: list[set[str]] = []
+
+    def judge(artifact: Path) -> Sequence[Check]:
+        found = {str(n.name) for n in io.read(artifact).graph if n.op_type == "Conv" and query.is_constant(n.inputs[1])}
+        seen.append(found)
+        passed = rule(found)
+        return [Check("cosine", 0.999 if passed else 0.5, limit=0.99, limit_kind="min", passed=passed)]
+
+    emit(model.clone(), target, tmp_path / "float.onnx")
+    floats = [Draft("float as given", tmp_path / "float.onnx", model)]
+    return settle(floats, steps.quantize(model, context), judge, feeds, context, tmp_path), context, seen
+
+
+def codes_of(context: Context) -> set[str]:
+    return {notice.code for notice in context.recorder.notices}
+
+
+def test_float_ships_when_nothing_else_is_accurate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, context, seen = settled(tmp_path, monkeypatch, lambda convs: False)
+    assert found.chosen is found.best_float
+    assert found.chosen.name == "float as given"
+    assert [row["name"] for row in found.trials if row["ships"]] == ["float as given"]
+    refused = [row for row in found.trials if not row["ships"]]
+    assert len(refused) == len(seen) >= 2, "drafts and their repairs"
+    assert len({row["name"] for row in found.trials}) == len(found.trials)
+    assert {row["why"] for row in refused} == {"cosine is 0.5, limit 0.99"}
+    assert "float-ships" in codes_of(context)
+    assert "no quantized draft kept the accuracy limits" in context.recorder.notices[-1].message
+
+
+def test_an_accurate_draft_ships_only_if_proven_faster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, context, _ = settled(tmp_path, monkeypatch, lambda convs: True)
+    ships = [row for row in found.trials if row["ships"]]
+    assert len(ships) == 1
+    assert ships[0]["name"] == found.chosen.name
+    if found.chosen.plan is None:
+        assert "was proven faster on this machine" in context.recorder.notices[-1].message
+    else:
+        assert ships[0]["latency_ratio"][0] < 1
+        assert found.chosen.path.is_file()
+        assert found.chosen.coverage is not None
+        assert found.chosen.coverage.unexplained == ()
+        assert "float-ships" not in codes_of(context)
+
+
+def test_repair_gives_back_the_culprit_and_keeps_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A judge that accepts files only with the last convolution in float, whose noise nothing dampens."""
+    found, _, seen = settled(tmp_path, monkeypatch, lambda convs: "Conv_node_6" in convs)
+    accurate = [row for row in found.trials if "cosine is" not in str(row["why"])]
+    assert any("most sensitive kept float" in str(row["name"]) for row in accurate)
+    assert "Conv_node_6" in seen[-1], "the repair ends with the first accurate file"
+    assert len(seen[-1]) < 6, "the rest stays integer"
+    assert all("Conv_node_6" not in convs for convs in seen[:-1])
+
+
+def test_nothing_to_quantize_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "(float[1,32,16,16] x) => (float[1,32,16,16] y) { t = Tanh(x) y = Erf(t) }"
+    found, context, seen = settled(tmp_path, monkeypatch, lambda convs: True, text)
+    assert (found.chosen.name, seen) == ("float as given", [])
+    assert codes_of(context) == {"nothing-to-quantize", "float-ships"}
+    assert "nothing could be quantized" in context.recorder.notices[-1].message
