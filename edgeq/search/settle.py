@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import onnx_ir as ir
 
 from edgeq.analyse.place import Plan
@@ -27,7 +28,7 @@ from edgeq.run.record import Feed, Timing
 from edgeq.run.timing import Ratio, TimedConfig, compare, ratio
 from edgeq.steps import Context, Quantizer
 
-REPAIR_ROUNDS = 8
+RELIEF_DB = (1, 2, 3, 4, 5, 6, 8, 10, 15)  # predicted noise taken off the outputs by each further repair
 REFINED = 12  # atoms whose ranges are tried one by one before any is given up
 DECIDE_SECONDS = 8.0  # a draft is chosen or dropped on this; the shipped one is measured again, longer
 
@@ -151,8 +152,8 @@ def _judged(draft: Draft, judge: Judge, context: Context) -> Draft:
 
 
 def _repairs(draft: Draft, quantizer: Quantizer, judge: Judge, context: Context, folder: Path) -> Iterator[Draft]:
-    """Drafts that repair ``draft``, until one is accurate: with better ranges, then with 1, 2, 4 ... of the most
-    harmful atoms back in float."""
+    """Drafts that repair ``draft``, until one is accurate: with better ranges, then with ever more of
+    the most harmful atoms back in float."""
     if draft.plan is None:
         return
     noise = quantizer.sensitivity(draft.plan)
@@ -167,7 +168,7 @@ def _repairs(draft: Draft, quantizer: Quantizer, judge: Judge, context: Context,
                 return
             noise = quantizer.sensitivity(refined.plan)
     ranked = _ranked(noise, quantizer)
-    for count in (1 << step for step in range(REPAIR_ROUNDS)):
+    for count in _counts([value for _, value in ranked]):
         reasons = {name: f"quantized alone it leaves {decibel(value):.1f} dB of SNR" for name, value in ranked[:count]}
         name = f"{draft.name}, {len(reasons)} most sensitive kept float"
         tried = _draft(name, quantizer, context, folder, {**kept, **reasons})
@@ -175,16 +176,25 @@ def _repairs(draft: Draft, quantizer: Quantizer, judge: Judge, context: Context,
             return
         tried = _judged(tried, judge, context)
         yield tried
-        if tried.accurate or count >= len(ranked):
+        if tried.accurate:
             return
 
 
+def _counts(noise: list[float]) -> list[int]:
+    """How many of the first atoms to give up so that the noise left falls by each step of ``RELIEF_DB``. Noise of atoms
+    adds up, as their errors are nearly independent."""
+    left = np.sum(noise) - np.cumsum(noise)
+    return sorted({int(np.argmax(left <= np.sum(noise) * 10 ** (-db / 10))) + 1 for db in RELIEF_DB} if noise else [])
+
+
 def _ranked(noise: Mapping[str, float], quantizer: Quantizer) -> list[tuple[str, float]]:
-    """Most noise for the least time gained first: what to give up first."""
+    """Most noise for the least time gained first: what to give up first. The mean gain is added to each, since a gain
+    of next to nothing must not bring a harmless atom to the front."""
     costs = quantizer.costs
-    gain = {name: max(costs.float_ns[name] - costs.integer_ns[name], 1.0) for name in noise}
-    harmful = [(name, value) for name, value in noise.items() if value > 0]
-    return sorted(harmful, key=lambda row: row[1] / math.sqrt(gain[row[0]]), reverse=True)
+    gain = {name: max(costs.float_ns[name] - costs.integer_ns[name], 0.0) for name in noise}
+    usual = sum(gain.values()) / max(len(gain), 1) + 1.0
+    harmful = [(name, min(value, 1e3)) for name, value in noise.items() if value > 0]
+    return sorted(harmful, key=lambda row: row[1] / math.sqrt(gain[row[0]] + usual), reverse=True)
 
 
 def _race(
