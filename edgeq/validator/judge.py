@@ -3,7 +3,8 @@
 The outputs are compared sample by sample and only the scores are kept, instead of collecting outputs: memory doesn't
 grow with the samples. The reference's outputs are kept while they are small, since a repair loop asks again and again.
 
-Which limits hold when the user sets none on accuracy: the metric drops by at most ``MAX_DROP``; a class-like output
+Which limits hold when the user sets none on accuracy: the metric drops by at most ``MAX_DROP``, or by one sample where
+fewer than 200 are given, since less can't be told; a class-like output
 agrees in its largest class on ``MIN_AGREEMENT`` of the positions, any other has a cosine of ``MIN_COSINE``; integer
 outputs match in ``MIN_AGREEMENT`` of the samples.
 """
@@ -31,6 +32,7 @@ from edgeq.validator.limits import AT_LEAST, Limits, held
 from edgeq.validator.score import Score, Scores
 
 MAX_DROP, MIN_AGREEMENT, MIN_COSINE = 0.005, 0.97, 0.99
+ONE_SAMPLE = 1.001  # a sample and the rounding of the division
 CACHE_BYTES = 64 << 20  # outputs of the reference kept between calls of one Judge
 PERFECT = {"cosine": 1.0, "exact_match": 1.0, "agreement_top1": 1.0}
 WORST = {"snr_db": -np.inf, "cosine": -np.inf, "max_abs": np.inf}  # of outputs that differ in shape; else 0
@@ -163,7 +165,10 @@ class Judge:
             default = {"agreement_top1": MIN_AGREEMENT}
         else:
             default = {"cosine": MIN_COSINE} if "cosine" in kinds else {"exact_match": MIN_AGREEMENT}
-        return {**default, **({f"{self._score.name}_drop": MAX_DROP} if self._score else {})}
+        return {
+            **default,
+            **({f"{self._score.name}_drop": max(MAX_DROP, ONE_SAMPLE / len(self.samples))} if self._score else {}),
+        }
 
     def _score_checks(self, expected: Scores, found: Scores) -> list[Check]:
         if self._score is None:
