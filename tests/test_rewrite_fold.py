@@ -98,10 +98,7 @@ def test_known_sizes_are_constants_and_reshapes_keep_one_unknown() -> None:
 
 
 def test_two_unknown_sizes_stay_computed() -> None:
-    text = (
-        "(float[N,S,12] x, float[S,N,12] v) => (float[A,B,12] y)"
-        "{ z = Shape(v) y = Reshape(x, z) }"
-    )
+    text = "(float[N,S,12] x, float[S,N,12] v) => (float[A,B,12] y){ z = Shape(v) y = Reshape(x, z) }"
     model = graph(text)
     result, _ = canonicalize(model)
     assert ops(result) == ["Shape", "Reshape"]

@@ -96,4 +96,3 @@ divide_as_multiply = each(_multiplicative, "Div")
 sums_as_adds = each(_sum_of_two, "Sum")
 squares = each(_square, "Pow")
 join_constants = each(_join_constants, "Add", "Mul")
-

@@ -19,9 +19,7 @@ RANDOM = frozenset(
 """Ops whose result may differ from run to run (Dropout: in training mode)."""
 
 
-PLAIN = frozenset(
-    getattr(ir.AttributeType, name) for name in ("FLOAT", "INT", "STRING", "FLOATS", "INTS", "STRINGS")
-)
+PLAIN = frozenset(getattr(ir.AttributeType, name) for name in ("FLOAT", "INT", "STRING", "FLOATS", "INTS", "STRINGS"))
 """Attribute types whose values can be compared as they are."""
 
 
