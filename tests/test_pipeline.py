@@ -74,7 +74,7 @@ def test_export_says_all_that_is_promised(exported: tuple[Path, Report]) -> None
     for name in ("latency_ratio", "size_ratio", "snr_db", "agreement_top1", "top1", "top1_drop", "latency_ms"):
         assert np.isfinite(report.check(name).value), name
     assert report.check("latency_ratio").low is not None
-    assert report.check("top1_drop").limit == 0.005
+    assert report.check("top1_drop").limit is not None, "a promise is held to without being asked"
     assert report.check("size_ratio").value == pytest.approx(
         report.artifact.size_bytes / io.size_bytes(out.parent / "dump" / "00-source.onnx"), rel=0.02
     )
