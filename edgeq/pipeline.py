@@ -20,7 +20,7 @@ from edgeq.facts import environment, samples_facts, source_facts, target_facts, 
 from edgeq.given import Wanted, check_form, pins_of, preprocessing_of, samples_spec, target_of
 from edgeq.ir import io, query
 from edgeq.lower.emit import describe, emit
-from edgeq.packaging import PACKAGES, Golden, Package, check_free
+from edgeq.packaging import PACKAGES, Golden, Package, check_free, check_writable
 from edgeq.report.progress import Progress
 from edgeq.report.record import Check, Coverage, Island, Report
 from edgeq.report.recorder import Recorder
@@ -78,6 +78,8 @@ def export(
     plan = recipes.parse(recipe, steps.KNOWN)
     check_form(form)
     check_free(out, force=force)
+    if dump is not None:
+        check_writable(Path(dump) / "any")
     source, info, calibrate, held_out = _read(
         model, chosen_target, calibration, evaluation, synthetic, preprocessing, inputs, limit, seed, recorder
     )
@@ -132,7 +134,7 @@ def _read(
     for name, value in info.fixed.items():
         recorder.warn("fixed-input", f"input {name!r} is {value} in every sample and was fixed: other values are wrong")
     if evaluation is not None:
-        held_out = load_samples(evaluation, source, **settings)
+        held_out = load_samples(samples_spec(evaluation, synthetic, "evaluation", "-e"), source, **settings)
     elif samples.synthetic:
         held_out = samples
     else:

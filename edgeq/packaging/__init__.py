@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from edgeq.packaging.directory import (
     check_free,
+    check_writable,
     is_package,
     read_directory,
     read_manifest,
@@ -19,6 +20,7 @@ __all__ = [
     "Golden",
     "Package",
     "check_free",
+    "check_writable",
     "is_package",
     "read_directory",
     "read_manifest",

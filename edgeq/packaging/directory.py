@@ -59,15 +59,26 @@ def write_directory(package: Package, out: Path, *, force: bool = False) -> Path
 
 
 def check_free(out: Path, *, force: bool = False) -> None:
-    """OutputError unless ``out`` is free, an empty folder or, with ``force``, a package. Ask before hours of work."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not is_package(out):
+    """OutputError unless ``out`` is free, an empty folder or, with ``force``, a package, in a place that can be
+    written. Ask before hours of work."""
+    taken = out.exists() and not (out.is_dir() and not any(out.iterdir()))
+    if taken and not is_package(out):
         raise OutputError(f"{str(out)!r} exists and is no edgeq package", hint="choose another --out")
-    if not force:
+    if taken and not force:
         raise OutputError(
             f"{str(out)!r} holds a package already", hint="add --force to replace it, or choose another --out"
         )
+    check_writable(out)
+
+
+def check_writable(out: Path) -> None:
+    """OutputError unless something can be made at ``out``. It is tried: permission bits say nothing to root, nor of a
+    read-only file system."""
+    beside = next(parent for parent in out.absolute().parents if parent.exists())
+    try:
+        Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=beside)).rmdir()
+    except OSError as error:
+        raise _unwritable(out, error) from error
 
 
 def is_package(folder: Path) -> bool:

@@ -137,7 +137,7 @@ def _fit(array: Array, spec: TensorSpec, where: str) -> Array:
             hint="one sample is the shape without, or with, a batch axis of 1",
         )
     if 0 in shaped.shape:
-        raise SampleError(f"{where} is empty: shape {list(array.shape)}")
+        raise SampleError(f"{where} is empty: shape {list(array.shape)}", hint="leave that sample out")
     values = cast(shaped, spec.dtype, where)
     _refuse_non_finite(values, where)
     return values
@@ -148,7 +148,7 @@ def cast(array: Array, dtype: np.dtype[Any], where: str) -> Array:
     if array.dtype == dtype:
         return np.ascontiguousarray(array).reshape(array.shape)  # ascontiguousarray makes [] into [1]
     if array.dtype.kind not in "iubfV":
-        raise SampleError(f"{where} holds {array.dtype}, the model takes {dtype}")
+        raise SampleError(f"{where} holds {array.dtype}, the model takes {dtype}", hint="store numbers")
     with np.errstate(over="ignore", invalid="ignore"):
         values = array.astype(dtype)
         exact = array.dtype.kind in "fV" and dtype.kind in "fV"
