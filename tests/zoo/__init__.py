@@ -17,15 +17,15 @@ better.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Entry:
     """A zoo model. ``model``: ``pkg.module:callable`` (torch), ``package/path.onnx`` or ``npm:name@version/path.onnx``.
 
-    ``pins`` are inputs that deployment fixes. ``float_metric`` is what float ONNX Runtime scores on the full evaluation
-    data, with the photos, files, Debian fonts and recordings the loaders prefer.
+    ``float_metric`` is what float ONNX Runtime scores on the full evaluation data, with the photos, files, Debian fonts
+    and recordings the loaders prefer.
     """
 
     task: str
@@ -35,7 +35,6 @@ class Entry:
     metric: str
     licence: str
     float_metric: float
-    pins: dict[str, int] = field(default_factory=dict)
 
 
 ZOO: dict[str, Entry] = {
@@ -110,7 +109,6 @@ ZOO: dict[str, Entry] = {
         metric="tests.zoo.speech:auc",
         licence="MIT",
         float_metric=0.985,
-        pins={"sr": 16000},
     ),
     "BFf": Entry(
         task="BlazeFace front, faces of a photo",
