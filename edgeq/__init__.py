@@ -1,7 +1,7 @@
 """edgeq takes a model to the edge: quantize, lower to the target's kernels, prove accuracy and latency, package (L11).
 
     import edgeq
-    report = edgeq.export("model.onnx", calibration="photos/", out="model.edgeq", max_drop=0.5)
+    report = edgeq.export("model.onnx", calibration="photos/", evaluation="labelled/", out="model.edgeq")
     assert report.passed
 
 Names are fetched on first use, so ``import edgeq`` (and ``edgeq --help``) loads neither numpy nor a runtime.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -14,6 +15,7 @@ import onnxruntime
 
 from edgeq.ir import io
 from edgeq.run.record import Samples, Timing
+from edgeq.run.session import input_specs, output_specs
 from edgeq.source import SourceInfo
 from edgeq.target.detect import cpu_flags
 from edgeq.target.record import Target
@@ -21,7 +23,11 @@ from edgeq.version import __version__
 
 
 def source_facts(info: SourceInfo, model: ir.Model) -> dict[str, Any]:
+    """``nodes``, ``ops`` and ``weight_bytes`` are those of ``model``, the rest of what was found."""
+    ops = Counter(node.op_type for node in model.graph)
     return {
+        "inputs": {spec.name: str(spec) for spec in input_specs(model)},
+        "outputs": {spec.name: str(spec) for spec in output_specs(model)}, "ops": dict(ops.most_common()),
         "origin": info.origin, "kind": info.kind, "opset": info.opset, "digest": info.digest, "notes": list(info.notes),
         "fixed": dict(info.fixed), "nodes": model.graph.num_nodes(), "weight_bytes": io.weight_bytes(model),
     }  # fmt: skip

@@ -219,7 +219,7 @@ class Quantizer:
 
 
 def quantize(model: ir.Model, context: Context, *, ranges: str = "auto") -> Quantizer:
-    """Integer weights and activations where the target has kernels. ``ranges``: auto or a name of ``METHODS``."""
+    """Integer weights and activations where the target has kernels. ``ranges``: auto or one of `edgeq list methods`."""
     if ranges != "auto" and ranges not in METHODS:
         raise RecipeError(f"quantize(ranges={ranges}) is not a method", hint="use auto, " + ", ".join(METHODS))
     return Quantizer(model, context, ranges)

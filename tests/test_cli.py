@@ -120,9 +120,13 @@ def test_list_and_explain(package: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert all(rows.values()), kind  # everything listed says what it is
         for word in rows:
             assert _run(capsys, "explain", word)[::2] == (0, "")
-    _, out, _ = _run(capsys, "explain", "cpu-x64-avx2")
-    assert "weights                           i8/channel" in out
-    assert "VPMADDUBSW" in out
+    told = json.loads(_run(capsys, "explain", "cpu-x64-avx2", "--json")[1])["cpu-x64-avx2"]
+    assert told["weights"] == "i8/channel"
+    assert "VPMADDUBSW" in told["source of limits.weight_code_max"]
+    assert told["kernel of MatMul+Add"] == "QGemm"  # as the runtime answers, for neighbours that run as one kernel
+    assert told["kernel of MatMul+Add, Q/DQ between"] == "MatMul QLinearMatMul; Add QLinearAdd"
+    assert told["kernel of LayerNormalization"].startswith("float: ")
+    assert listed["steps"]["quantize"].endswith("Options: ranges=auto.")
     for word, told in (("/conv", "Conv, 7 multiply-accumulates: too noisy"), ("kept-float", "the stem stays float")):
         status, out, _ = _run(capsys, "explain", word, "--report", str(package))
         assert (status, told in out) == (0, True)

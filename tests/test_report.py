@@ -204,6 +204,19 @@ def test_text_of_an_empty_report_and_of_real_data() -> None:
     assert "SYNTHETIC" not in html.render(replace(real, latency={}, layers=()))
 
 
+def test_an_inspected_model_shows_what_it_is_made_of() -> None:
+    source = {
+        "origin": "net.onnx", "opset": 12, "nodes": 3, "ops": {"Conv": 2, "Relu": 1}, "weight_bytes": 4 << 20,
+        "inputs": {"x": "x float32[n, 3]"}, "outputs": {"y": "y float32[n, 2]"},
+    }  # fmt: skip
+    seen = replace(FULL, source=source, artifact=None)
+    assert rows.source_lines(seen) == [
+        "input  x float32[n, 3]", "output  y float32[n, 2]", "nodes  3, opset 12: Conv 2, Relu 1", "weights  4 MiB",
+    ]  # fmt: skip
+    assert "99.7% of the multiply-accumulates could run on integers" in rows.coverage_line(seen)
+    assert rows.source_lines(replace(FULL, source=source)) == []
+
+
 def test_names_are_no_markup_in_a_terminal() -> None:
     check = Check("a", 1.0, note="[red]not colour[/red]")
     shown = _terminal(Report({"origin": ["a/[bold]x", "y"]}, {}, "", checks=(check,)))

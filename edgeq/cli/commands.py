@@ -82,7 +82,7 @@ def export(model: str, out: Path | None, inputs: tuple[str, ...], quiet: bool, *
 
     \b
     edgeq export net.onnx -c photos/ -o net.edgeq
-    edgeq export net.onnx -c calib.npz -e eval.npz --metric top1 --max-drop 0.5
+    edgeq export net.onnx -c calib.npz -e eval.npz --metric top1 --max-drop 0.005
     edgeq export my.nets:make_net -t cpu-arm64 --input x=1,3,224,224 -c my.data:samples
     """
     from edgeq.pipeline import export as run
@@ -100,7 +100,7 @@ def export(model: str, out: Path | None, inputs: tuple[str, ...], quiet: bool, *
 def inspect(model: str, target: str, inputs: tuple[str, ...]) -> Report:
     """Tell what MODEL is made of.
 
-    Nodes, weights, shapes, and what the target could run on integers. Changes nothing.
+    Inputs, outputs, nodes, weights, and what the target has integer kernels for. Changes nothing.
 
     \b
     edgeq inspect net.onnx -t cpu-x64-vnni
@@ -127,7 +127,7 @@ def validate(package: Path, quiet: bool, **settings: Any) -> Report:
     Digests, golden runs, accuracy, latency.
 
     \b
-    edgeq validate net.edgeq -e eval.npz --max-drop 0.5 --max-latency 8
+    edgeq validate net.edgeq -e eval.npz --metric top1 --max-drop 0.005 --max-latency 8
     """
     from edgeq.examine import validate as run
 
@@ -139,7 +139,9 @@ def validate(package: Path, quiet: bool, **settings: Any) -> Report:
 @click.argument("models", nargs=-1, required=True)
 @options.target
 @options.threads
-@click.option("--repeats", type=click.IntRange(min=3), help="Laps of each model.  [default: until the spread is known]")
+@click.option(
+    "--repeats", type=click.IntRange(min=3), metavar="N", help="Turns of each model.  [default: until ratios are known]"
+)
 @options.inputs
 @options.seed
 @options.quiet
@@ -212,7 +214,8 @@ def list_(kind: str | None) -> Answer:
 def explain(word: str, report: Path | None) -> Answer:
     """Explain a name, error code or node.
 
-    WORD is a target, recipe or another listed name, an error's code, or with --report a node or code of it.
+    WORD is a listed name (of a target also what this machine's runtime makes of common patterns), or with --report a
+    node, check, step or code of it.
 
     \b
     edgeq explain cpu-x64-vnni

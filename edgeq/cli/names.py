@@ -11,12 +11,16 @@ from dataclasses import fields, is_dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgeq import errors
 from edgeq.errors import EdgeqError, UsageError, did_you_mean
 from edgeq.report.record import Report
 from edgeq.target.record import Target
+
+if TYPE_CHECKING:
+    from edgeq.target.oracle import Verdict
+    from edgeq.target.patterns import Row
 
 Table = Mapping[str, Any]
 
@@ -32,6 +36,19 @@ def _targets() -> Table:
     return {target.name: target for target in list_targets()}
 
 
+def _steps() -> Table:
+    """What a step does, its options and their defaults behind."""
+    from edgeq.steps import STEPS
+
+    return {name: _with_options(function) for name, function in STEPS.items()}
+
+
+def _with_options(function: Callable[..., Any]) -> str:
+    parameters = inspect.signature(function).parameters.values()
+    words = [f"{p.name}={p.default}" for p in parameters if p.kind is p.KEYWORD_ONLY]
+    return f"{inspect.getdoc(function)}" + (f" Options: {', '.join(words)}." if words else " No options.")
+
+
 def _errors() -> Table:
     classes = (value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, EdgeqError))
     return {error.code: error for error in classes if error is not EdgeqError}
@@ -44,7 +61,8 @@ KINDS: dict[str, Callable[[], Table]] = {  # what is cheap to import first: `exp
     "ops": partial(_table, "edgeq.ir.ops", "OPS"),
     "packages": partial(_table, "edgeq.packaging", "PACKAGES"),
     "metrics": partial(_table, "edgeq.num.metrics", "METRICS"),
-    "steps": partial(_table, "edgeq.steps", "STEPS"),
+    "methods": partial(_table, "edgeq.num.fit", "METHODS"),
+    "steps": _steps,
 }
 
 
@@ -64,9 +82,15 @@ def _summary(value: Any) -> str:
     if isinstance(value, Target):
         return value.summary
     if not is_dataclass(value) or isinstance(value, type):
-        return (inspect.getdoc(value) or "").split("\n")[0]
+        return _first_sentence(inspect.getdoc(value) or "")
     held = [item for item in vars(value).values() if inspect.isfunction(item)]
     return _text(held[0]) if held else ", ".join(f"{key} {text}" for key, text in _facts(value).items())
+
+
+def _first_sentence(text: str) -> str:
+    paragraph = " ".join(text.split("\n\n")[0].split())
+    sentence, stop, _ = paragraph.partition(". ")
+    return sentence + stop.rstrip()
 
 
 def _facts(record: Any) -> dict[str, str]:
@@ -98,10 +122,12 @@ def explained(word: str, report: Path | None) -> dict[str, str]:
     if word == "local" or word.endswith(".toml"):
         from edgeq.target.load import load_target
 
-        return _details(load_target(word))
+        target = load_target(word)
+        return _details(target) | _kernels(target)
     for kind, table in KINDS.items():
         if word in (known := table()):
-            return {"kind": kind.removesuffix("s")} | _details(known[word])
+            facts = {"kind": kind.removesuffix("s")} | _details(known[word])
+            return facts | _kernels(known[word]) if isinstance(known[word], Target) else facts
     names = ["local", *(name for table in KINDS.values() for name in table())]
     raise UsageError(f"nothing called {word!r}", hint=_near(word, names))
 
@@ -120,6 +146,31 @@ def _details(value: Any) -> dict[str, str]:
     if isinstance(value, type) and issubclass(value, EdgeqError):
         return {"meaning": inspect.getdoc(value) or "", "exit status": str(value.exit_status)}
     return {"meaning": value if isinstance(value, str) else inspect.getdoc(value) or ""}
+
+
+def _kernels(target: Target) -> dict[str, str]:
+    """What the runtime of this machine makes of each standard pattern in the target's formats."""
+    from edgeq.target.patterns import table
+    from edgeq.target.runtime import runtime_version
+
+    asked = {
+        "kernels": f"asked of ONNX Runtime {runtime_version()} on this machine, with Q/DQ on each edge not called float"
+    }
+    return asked | {f"kernel of {row.pattern}": _verdict(row) for row in table(target)}
+
+
+def _verdict(row: Row) -> str:
+    """A word a node, or one for all that run as one kernel: the kernel, how codes move, or what stays float."""
+    words = [_fate(verdict) for verdict in row.verdicts]
+    if len(set(words)) == 1:
+        return words[0]
+    return "; ".join(f"{op} {word}" for op, word in zip(row.ops, words, strict=True))
+
+
+def _fate(verdict: Verdict) -> str:
+    if verdict.kind == "integer":
+        return verdict.kernel
+    return verdict.reason if verdict.kind == "mover" else f"float: {verdict.reason.removeprefix('no integer kernel: ')}"
 
 
 def _read_report(path: Path) -> Report:

@@ -57,8 +57,20 @@ quiet = click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.
 evaluation = click.option("-e", "--evaluation", metavar="DATA", help="Held-out samples, with labels where known.")
 limits = _together(
     click.option("--metric", help="Accuracy metric, or pkg.module:function; see `edgeq list metrics`."),
-    click.option("--max-drop", type=float, help="Most the metric may lose, in its unit."),
-    click.option("--max-latency", "max_latency_ms", type=float, metavar="MS", help="Most a run may take (median)."),
-    click.option("--min-speedup", type=float, help="Least speedup over the best float configuration."),
-    click.option("--max-size-ratio", type=float, help="Largest size, as a share of the source's."),
+    click.option(
+        "--max-drop", type=float, help="Most the metric may lose, in its own unit: 0.005 of top1 is half a point."
+    ),
+    click.option(
+        "--max-latency",
+        "max_latency_ms",
+        type=float,
+        metavar="MS",
+        help="Most a run may take (median), at each thread count.",
+    ),
+    click.option(
+        "--min-speedup",
+        type=float,
+        help="Least speedup over the fastest float file; 1.3 asks for a latency ratio of 1/1.3.",
+    ),
+    click.option("--max-size-ratio", type=float, help="Largest size, as a share of the float file's."),
 )

@@ -74,6 +74,19 @@ def title(report: Report) -> str:
     return " → ".join(word for word in (source, target) if word) + (f" · {report.recipe}" if report.recipe else "")
 
 
+def source_lines(report: Report) -> list[str]:
+    """What a model is made of, where nothing was made of it: its signature, its nodes by op type, its weights."""
+    source = report.source
+    if report.artifact is not None or "ops" not in source:
+        return []
+    ops = ", ".join(f"{op} {count}" for op, count in source["ops"].items())
+    return [
+        *(f"{kind.removesuffix('s')}  {spec}" for kind in ("inputs", "outputs") for spec in source[kind].values()),
+        f"nodes  {source['nodes']}, opset {source['opset']}: {ops}",
+        f"weights  {quantity(source['weight_bytes'], 'bytes')}",
+    ]
+
+
 def number(value: float | None) -> str:
     """Four significant digits; thousands apart; empty for None."""
     if value is None:
@@ -109,12 +122,12 @@ def coverage_line(report: Report) -> str:
     found = report.coverage
     if found is None:
         return ""
+    nodes = f"{found.integer_nodes} integer kernels, {found.mover_nodes} data movers, {found.float_nodes} float nodes"
+    share = f"{found.integer_macs_share:.1%} of the multiply-accumulates"
+    if report.artifact is None:  # a forecast: nothing ran
+        return f"{share} could run on integers: {nodes}"
     left = f" · {len(found.unexplained)} unexplained Q/DQ" if found.unexplained else ""
-    return (
-        f"{found.integer_macs_share:.1%} of the multiply-accumulates run on integers: {found.integer_nodes} integer "
-        f"kernels, {found.mover_nodes} data movers, {found.float_nodes} float nodes, {found.boundary_qdq} Q/DQ at "
-        f"their borders{left}"
-    )
+    return f"{share} run on integers: {nodes}, {found.boundary_qdq} Q/DQ at their borders{left}"
 
 
 def sizes(report: Report) -> list[tuple[str, int]]:

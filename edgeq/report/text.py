@@ -21,6 +21,7 @@ def render(report: Report) -> Group:
     parts: list[RenderableType | None] = [
         Text(rows.title(report), style="bold"),
         Text(f" {rows.SYNTHETIC} ", style="bold white on red") if rows.is_synthetic(report) else None,
+        *map(Text, rows.source_lines(report)),
         _checks(report),
         _latency(report),
         _coverage(report),
