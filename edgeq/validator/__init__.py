@@ -102,4 +102,5 @@ def refuse_unmeasured(limits: Limits, accurate: Sequence[Check]) -> None:
     measured = [*(check.name for check in accurate), *SPEED_CHECKS, *SIZE_CHECKS]
     for name in limits:
         if name not in measured:
-            raise UsageError(f"limit on {name!r}, which isn't measured here", hint=did_you_mean(name, measured))
+            hint = "give labels with -e, or a --metric that needs none" if name == "top1_drop" else ""
+            raise UsageError(f"limit on {name!r}, which isn't measured here", hint=hint or did_you_mean(name, measured))
