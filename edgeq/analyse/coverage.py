@@ -141,7 +141,7 @@ def _summary(
     islands = tuple(
         Island(atom.name, atom.head.op_type, _why_float(atom.name, plan), work[atom.name])
         for atom in plan.atoms
-        if atom.name not in done and _computes(atom.head) and not (atom.name in plan.integer and not work[atom.name])
+        if atom.name not in done and atom.inputs and _computes(atom.head) and not (atom.name in plan.integer and not work[atom.name])
     )
     return Coverage(
         integer_macs_share=sum(work[name] for name in done) / total if total else 0.0,

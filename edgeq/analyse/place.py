@@ -334,7 +334,7 @@ def _plan(atoms: tuple[Atom, ...], labels: set[str], target: Target, keep_float:
                 ties[str(value.name)] = str(atom.inputs[0].name)
     return Plan(
         tensors,
-        {atom.name: atom.verdict.kernel for atom in atoms if atom.name in labels},
+        {atom.name: _kernel(atom, bare) for atom in atoms if atom.name in labels},
         _reasons(atoms, labels, keep_float),
         frozenset(bare),
         ties,
