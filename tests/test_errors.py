@@ -259,7 +259,10 @@ TABLE: dict[str, Mistake] = {
         "choose agreement_top1, which needs none",
     ),
     "limit on what isn't measured": Mistake(
-        export("--max-drop", "0.01"), "usage", ("limit on 'top1_drop', which isn't measured here",), "give labels with -e"
+        export("--max-drop", "0.01"),
+        "usage",
+        ("limit on 'top1_drop', which isn't measured here",),
+        "give labels with -e",
     ),
     "unknown form": Mistake(export("--form", "dri"), "usage", ("unknown package form 'dri'",), "did you mean 'dir'?"),
     "unknown input": Mistake(
