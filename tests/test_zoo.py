@@ -20,13 +20,18 @@ import edgeq
 from tests.bench.peers import quantized
 from tests.zoo import ZOO, filetypes, photos, sentences, speech
 from tests.zoo.packages import cache, data, fetch, float_model, source
-from tests.zoo.score import cosine, metric_value, only_output, run, session
+from tests.zoo.score import Values, cosine, metric_value, only_output, run, session
 
 pytestmark = pytest.mark.zoo
 
 REPOSITORY = Path(__file__).parents[1]
 COUNTS = {"CALIBRATION": 24, "EVALUATION": 80}  # samples: enough for the bars, few enough for two slow cores
-FEWER = {"OCR4d": {"CALIBRATION": 8, "EVALUATION": 10}}  # pages cost a hundred times what lines do
+OTHER_COUNTS = {
+    "OCR4d": {"CALIBRATION": 8, "EVALUATION": 10},  # pages cost a hundred times what lines do
+    # Windows cost little, and an AUC needs them: on 80 of them a true loss of 0.01 stays below what the default limit
+    # allows to so few samples.
+    "VAD": {"CALIBRATION": 128, "EVALUATION": 500},
+}
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class Bar:
 BARS = {
     "EFL0": Bar(0.005, agreement=0.97),
     "MBV2": Bar(0.005, agreement=0.97),
-    "OCR4r": Bar(0.005),
+    "OCR4r": Bar(0.005, agreement=0.97, cosine=0.98),  # classes, nearly one-hot: a step read otherwise costs its cosine
     "OCR4d": Bar(0.01),  # 10 pages, about 110 boxes: one box is 0.009
     "OCRcls": Bar(0.01, agreement=0.97),
     "MINI6": Bar(0.025),  # 40 questions: one rank is 0.025
@@ -49,6 +54,12 @@ BARS = {
     "VAD": Bar(0.005),
     "BFf": Bar(0.01),  # 80 pictures, about 120 faces: one face is 0.005
 }
+
+
+def agreement(a: list[Values], b: list[Values]) -> float:
+    """Share of positions (a sample of classes, a step of a text line) with the same largest class."""
+    same = [only_output(x).argmax(-1) == only_output(y).argmax(-1) for x, y in zip(a, b, strict=True)]
+    return float(np.concatenate([part.ravel() for part in same]).mean())
 
 
 def obtainable(name: str) -> bool:
@@ -72,7 +83,7 @@ def few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_exported_model_keeps_its_bar(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for part, count in FEWER.get(name, {}).items():
+    for part, count in OTHER_COUNTS.get(name, {}).items():
         monkeypatch.setenv(f"EDGEQ_ZOO_{part}", str(count))
     entry, bar = ZOO[name], BARS[name]
     report = edgeq.export(
@@ -86,8 +97,7 @@ def test_exported_model_keeps_its_bar(name: str, tmp_path: Path, monkeypatch: py
     drop = metric_value(entry.metric, expected, labels) - metric_value(entry.metric, found, labels)
     assert drop <= bar.drop + 1e-9
     assert cosine(expected, found) >= bar.cosine
-    same = [only_output(a).argmax(-1) == only_output(b).argmax(-1) for a, b in zip(expected, found, strict=True)]
-    assert bar.agreement == 0 or np.mean(same) >= bar.agreement
+    assert bar.agreement == 0 or agreement(expected, found) >= bar.agreement
     assert {"latency_ratio", "size_ratio", "snr_db"} <= {check.name for check in report.checks}
     assert report.coverage.unexplained == ()
     assert report.coverage.integer_nodes > 0 or "float-ships" in {notice.code for notice in report.notices}
