@@ -6,8 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from edgeq.analyse.coverage import read_back
 from edgeq.analyse.encode import Ranges, encode, observed, unholdable
 from edgeq.errors import ModelError
 from edgeq.num.fit import fit_range
@@ -227,3 +230,20 @@ def test_a_mask_that_never_masked_in_calibration_still_masks() -> None:
 def test_ordinary_tensors_can_be_held() -> None:
     made = placed(CHAIN, WEIGHTS)
     assert unholdable(made.plan, made.stats) == {}
+
+
+# --- clips -----------------------------------------------------------------------------------------------------------
+
+
+@given(st.floats(0.01, 30), st.floats(0.01, 30), st.sampled_from(["cpu-x64-vnni", "cpu-arm64"]))
+@settings(deadline=None, max_examples=12)
+def test_a_clip_behind_a_convolution_always_folds(below: float, above: float, target: str) -> None:
+    """A code half a step beyond a bound would keep the Clip, and the convolution float with it."""
+    text = f"(float[1,8,6,6] x) => (float[1,8,6,6] y) {{ t = {POINT}(x, w, b) y = Clip(t, lo, hi) }}"
+    weights = {"w": normal(8, 8, 1, 1) * 8, "b": normal(8), "lo": number(-below), "hi": number(above)}
+    made = placed(text, weights, target=target)
+    seen, lost = read_back(made.model, made.plan, made.shapes, made.target)
+    assert (lost, seen.kernels, seen.float_nodes) == ({}, {"QLinearConv": 1}, 0)
+    np.testing.assert_allclose(made.fused()["y"], made.unfused()["y"], atol=1.01 * (below + above) / 255)
+    assert -below <= made.fused()["y"].min() * (1 - 1e-6)
+    assert made.fused()["y"].max() * (1 - 1e-6) <= above

@@ -50,7 +50,14 @@ class Row:
 
 MATRIX = {"g": normal(16, 8), "v": normal(8, 8), "m": normal(8, 5), "b": normal(8)}
 PICKED = RNG.integers(8, size=(1, 2, 6, 6))
-IMAGE = {"w": normal(8, 8, 1, 1), "b": normal(8), "zero": number(0), "six": number(6)}
+IMAGE = {
+    "w": normal(8, 8, 1, 1),
+    "b": normal(8),
+    "zero": number(0),
+    "six": number(6),
+    "minus": number(-1),
+    "one": number(1),
+}
 
 ROWS: dict[str, Row] = {
     "Conv": Row("y = Conv<kernel_shape=[3,3], pads=[1,1,1,1]>(t, k, b)", "QLinearConv", {"k": normal(8, 8, 3, 3)}),
@@ -60,6 +67,7 @@ ROWS: dict[str, Row] = {
     "Conv strided": Row("y = Conv<kernel_shape=[1,1], strides=[2,2]>(t, w, b)", "QLinearConv"),
     "Conv Relu": Row("u = Conv<kernel_shape=[1,1]>(t, w, b) y = Relu(u)", "QLinearConv"),
     "Conv Relu6": Row("u = Conv<kernel_shape=[1,1]>(t, w, b) y = Clip(u, zero, six)", "QLinearConv"),
+    "Conv Clip both ways": Row("u = Conv<kernel_shape=[1,1]>(t, w, b) y = Clip(u, minus, one)", "QLinearConv"),
     "Conv Clip above": Row("u = Conv<kernel_shape=[1,1]>(t, w, b) y = Clip(u, , six)", "QLinearConv"),
     "Conv Clip below": Row("u = Conv<kernel_shape=[1,1]>(t, w, b) y = Clip(u, zero)", "QLinearConv"),
     "Conv Clip unbounded": Row("u = Conv<kernel_shape=[1,1]>(t, w, b) y = Clip(u)", "QLinearConv"),

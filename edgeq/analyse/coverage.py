@@ -15,7 +15,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from edgeq.analyse.place import Plan, Shapes
+from edgeq.analyse.place import Atom, Plan, Shapes
 from edgeq.ir import io, query
 from edgeq.ir.ops import OPS
 from edgeq.report.record import Coverage, Island
@@ -141,7 +141,7 @@ def _summary(
     islands = tuple(
         Island(atom.name, atom.head.op_type, _why_float(atom.name, plan), work[atom.name])
         for atom in plan.atoms
-        if atom.name not in done and atom.inputs and _computes(atom.head) and not (atom.name in plan.integer and not work[atom.name])
+        if atom.name not in done and _computes(atom) and not (atom.name in plan.integer and not work[atom.name])
     )
     return Coverage(
         integer_macs_share=sum(work[name] for name in done) / total if total else 0.0,
@@ -155,10 +155,11 @@ def _summary(
     )
 
 
-def _computes(node: ir.Node) -> bool:
-    """Whether an op does float arithmetic: a mover left float costs nothing worth a row."""
-    row = OPS.get(node.op_type)
-    return any(query.is_float(value) for value in node.outputs) and not (row is not None and row.keeps_scale)
+def _computes(atom: Atom) -> bool:
+    """Whether an atom does arithmetic on floats: a mover left float costs nothing worth a row."""
+    row = OPS.get(atom.head.op_type)
+    moves = row is not None and row.keeps_scale
+    return bool(atom.inputs) and any(query.is_float(value) for value in atom.head.outputs) and not moves
 
 
 def _why_float(name: str, plan: Plan) -> str:

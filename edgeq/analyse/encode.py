@@ -68,6 +68,7 @@ def encode(plan: Plan, stats: Mapping[str, Stats], target: Target, *, ranges: Ra
             method = _method(root, products, ranges)
             activations[root] = _activation(root, plan.tensors.get(root, quant), stats, target, method)
         activations[name] = activations[root]
+    activations.update(_clipped(plan, activations))
     constants: dict[Edge, QParams] = {}
     biases: dict[Edge, tuple[NDArray[np.int32], NDArray[np.float32]]] = {}
     notes: list[str] = []
@@ -145,6 +146,22 @@ def _activation(name: str, quant: Quant, stats: Mapping[str, Stats], target: Tar
     seen = stats[name]
     lo, hi = fit.fit_range(method, seen.histogram, seen.min, seen.max, quant)
     return fit.params_of_range(lo, hi, quant, min_scale=target.limits.min_scale)
+
+
+def _clipped(plan: Plan, activations: Mapping[str, QParams]) -> dict[str, QParams]:
+    """Parameters of what a Clip in an atom writes, so that no code lies beyond its bounds: the zero point's rounding
+    may reach half a step farther, and the runtime then keeps the Clip, which makes the whole atom float."""
+    found = {}
+    for atom in (atom for atom in plan.atoms if atom.name in plan.integer and atom.name not in plan.bare):
+        name, last = str(atom.outputs[0].name), atom.nodes[-1]
+        if last.op_type == "Clip" and name not in plan.ties:
+            params = activations[name]
+            codes = [abs(code - int(params.zero_point)) for code in params.code_range]
+            bounds = [query.constant(value) for value in (*last.inputs, None, None)[1:3]]
+            fits = [np.abs(b).item() / n for b, n in zip(bounds, codes, strict=True) if b is not None and b.any() and n]
+            scale = min(np.float32(params.scale), *(np.float32(fit) for fit in fits), np.float32(np.inf))
+            found[name] = replace(params, scale=np.asarray(scale, np.float32))
+    return found
 
 
 def _constant(atom: Atom, index: int, target: Target) -> QParams:

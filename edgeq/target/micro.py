@@ -218,7 +218,7 @@ class _Builder:
         self.ranges[value] = spread if node is None else _output_range(node, self.ranges) or spread
 
     def _affine(self, value: ir.Value) -> tuple[np.float32, int]:
-        """Scale and zero point that spread the value's range over the codes."""
+        """Scale and zero point that spread the value's range over the codes, none of which lies beyond it."""
         quant = self.asked.activations
         if not isinstance(quant.format, Int):
             return np.float32(1.0), 0
@@ -226,8 +226,10 @@ class _Builder:
         first, last = code_range(quant)
         if quant.symmetric and quant.format.signed:
             return np.float32(max(-low, high) / last), 0
-        scale = np.float32((high - low) / (last - first))
-        return scale, round(first - low / float(scale))
+        scale = (high - low) / (last - first)
+        zero = round(first - low / scale)
+        ends = [end / (code - zero) for end, code in ((low, first), (high, last)) if code != zero]
+        return np.float32(min(scale, *ends)), zero
 
     def _fresh(self, value: ir.Value, name: str) -> ir.Value:
         shape = shape_of(self.asked, value)

@@ -26,7 +26,7 @@ from edgeq.target.question import Question, holds_graph, is_real, quantizable_in
 from edgeq.target.record import Target
 from edgeq.target.runtime import disagreement, optimize, runtime_version
 
-PROBE = 1  # raised when micro-models or the reading of verdicts change: older answers are asked again
+PROBE = 2  # raised when micro-models or the reading of verdicts change: older answers are asked again
 
 Kind = Literal["integer", "mover", "float"]
 KINDS: tuple[Kind, ...] = ("integer", "mover", "float")
