@@ -125,8 +125,9 @@ def _not_real(tap: str, dtype: str) -> ModelError:
 
 @dataclass(frozen=True)
 class _Job:
-    """What is observed on what, within which limits. Half the threads run the model, half count: both sides take
-    about as long (measured on an image model); with a single thread they take turns."""
+    """What is observed on what, within which limits. The model runs on all threads and half
+    as many count beside it, none of them spinning: the statistics take half as long as the tapped run, so with the
+    cores split evenly one side waits for the other. With a single thread they take turns."""
 
     model: ir.Model
     values: Mapping[str, ir.Value]
@@ -150,7 +151,7 @@ def _pass(job: _Job, checkpoint: Checkpoint | None, elements: int, progress: Pro
     stats, done = checkpoint.read() if checkpoint else ({}, 0)
     for tap in job.values:
         stats.setdefault(tap, Stats(elements))
-    slices = Slices(job.model, list(job.values), job.slice_bytes, max(job.threads - job.counters, 1))
+    slices = Slices(job.model, list(job.values), job.slice_bytes, job.threads)
     result, whole = Observation(stats), True
     with _Counter(job, result) as counter, progress.stage("observe", job.samples.count):
         progress.advance(done)
