@@ -158,7 +158,7 @@ def test_any_flipped_bit_is_seen(package: Package, tmp_path: Path, data: st.Data
             loader.load(out)
     finally:
         (out / victim).write_bytes(whole)
-    verify_package(out)
+    verify_package(str(out))
 
 
 def _reseal(out: Path, change: Callable[[dict[str, Any]], None]) -> None:

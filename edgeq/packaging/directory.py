@@ -184,11 +184,12 @@ def _read_golden(folder: Path, found: dict[str, Any]) -> Golden:
     return Golden(inputs, outputs, found["golden"]["tolerances"])
 
 
-def verify_package(folder: Path) -> dict[str, Any]:
+def verify_package(folder: str | Path) -> dict[str, Any]:
     """Check digests, machine and golden outputs as the package's own loader does; returns the manifest.
 
     PackageError when a byte is altered or an output differs, RuntimeUnavailableError when this machine can't run it.
     """
+    folder = Path(folder)
     found = read_manifest(folder)
     try:
         loader.load(folder)
