@@ -24,7 +24,7 @@ test: check-all  ## all that CI runs
 check: lint  ## before each commit: no real models, under 90 s on 2 cores
 	$(BIN)/pytest
 
-check-all: check zoo samples
+check-all: check zoo  ## the zoo tests run the samples too
 	$(BIN)/pytest -m slow
 
 lint: venv
