@@ -45,7 +45,7 @@ class Bar:
 
 BARS = {
     "EFL0": Bar(0.005, agreement=0.97),
-    "MBV2": Bar(0.005, agreement=0.97),
+    "MBV2": Bar(0.005, agreement=0.97, cosine=0.98),  # its classes are what ships; 19 dB of SNR is a cosine of .994
     "OCR4r": Bar(0.005, agreement=0.97, cosine=0.98),  # classes, nearly one-hot: a step read otherwise costs its cosine
     "OCR4d": Bar(0.01),  # 10 pages, about 110 boxes: one box is 0.009
     "OCRcls": Bar(0.01, agreement=0.97),
@@ -95,7 +95,7 @@ def test_exported_model_keeps_its_bar(name: str, tmp_path: Path, monkeypatch: py
     expected, labels = run(float_model(name), samples)
     found, _ = run(report.artifact.path, samples)
     drop = metric_value(entry.metric, expected, labels) - metric_value(entry.metric, found, labels)
-    assert drop <= bar.drop + 1e-9
+    assert drop <= max(bar.drop, 1 / len(labels)) + 1e-9  # one sample, where fewer can't be told
     assert cosine(expected, found) >= bar.cosine
     assert bar.agreement == 0 or agreement(expected, found) >= bar.agreement
     assert {"latency_ratio", "size_ratio", "snr_db"} <= {check.name for check in report.checks}
