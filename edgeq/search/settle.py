@@ -139,6 +139,7 @@ def _draft(
         plan, model, seen = quantizer.fused(extra)
         facts.update(draft=name, integer_atoms=len(plan.integer), integer_macs_share=seen.integer_macs_share)
         if not plan.integer:
+            context.recorder.info("no-gain", f"draft {name!r} is empty: no node left gains from integers here")
             return None
         path = folder / f"{name.replace(' ', '-').replace(',', '')}.onnx"
         emit(legalize(model, context.target), context.target, path)

@@ -132,7 +132,7 @@ class Judge:
             return Score("top1", self._top1) if whole and self._class_output else None
         if ":" in metric:
             function = load(metric)
-            name = getattr(function, "__name__", type(function).__name__)
+            name = metric.rpartition(":")[2]  # as limits call it, whatever the function calls itself
             return Score(name, corpus=function) if getattr(function, "corpus", False) else Score(name, function)
         if not metrics.metric(metric).needs_labels:
             return None
