@@ -128,8 +128,12 @@ def _read(
         settings: dict[str, Any] = {"preprocessing": preprocessing_of(preprocessing), "model_folder": place}
         samples = load_samples(spec, source, limit=limit, **settings)
         if any(query.is_control_flow(node) for node in source.graph):
-            pins = {**_fixed_shapes(samples), **pins_of(inputs)}  # branches on shapes need the shapes
-            source, info = read_model(model, opset=target.opset, pins=pins, example=_fixed_scalars(samples))
+            example, pins = _fixed_scalars(samples), pins_of(inputs)
+            source, info = read_model(model, opset=target.opset, pins=pins, example=example)
+            if any(query.is_control_flow(node) for node in source.graph):  # branches on shapes need the shapes
+                pins = {**_fixed_shapes(samples), **pins}
+                source, info = read_model(model, opset=target.opset, pins=pins, example=example)
+                recorder.warn("fixed-shapes", f"shapes decide what runs and were fixed to those of the samples: {pins}")
         facts.update(nodes=source.graph.num_nodes(), opset_found=info.opset, notes=info.notes)
     for name, value in info.fixed.items():
         recorder.warn("fixed-input", f"input {name!r} is {value} in every sample and was fixed: other values are wrong")
