@@ -101,5 +101,5 @@ def test_nothing_to_quantize_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyP
     text = "(float[1,32,16,16] x) => (float[1,32,16,16] y) { t = Tanh(x) y = Erf(t) }"
     found, context, seen = settled(tmp_path, monkeypatch, lambda convs: True, text)
     assert (found.chosen.name, seen) == ("float as given", [])
-    assert codes_of(context) == {"nothing-to-quantize", "float-ships"}
+    assert codes_of(context) == {"no-gain", "nothing-to-quantize", "float-ships"}
     assert "nothing could be quantized" in context.recorder.notices[-1].message
