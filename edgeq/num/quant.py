@@ -52,6 +52,14 @@ class QParams:
         return self.codes or code_range(self.quant)
 
 
+@dataclass(frozen=True)
+class Coded:
+    """A constant ready to be stored: its mapping and ``codes`` of its elements, which may be rounded in any way."""
+
+    params: QParams
+    codes: NDArray[np.int32]
+
+
 def parse_quant(text: str) -> Quant:
     """``u8/tensor/asym``, ``i8/channel``, ``u4/block32/asym`` -> Quant. Raises RecipeError on anything else."""
     head, *rest = text.split("/")
