@@ -1,8 +1,10 @@
 """What calibration remembers of a tensor: Stats, of fixed size however many values it has seen (L5).
 
 Every range method is fitted from this one record, instead of from kept activations, so memory does not depend on the
-number of samples. Extremes and moments count every value; the histogram and the reservoir see a subset of large
-tensors. All parts are mergeable: two halves of the data merged say what one pass over both would have said.
+number of samples. Extremes and sums count every value; the histogram and the reservoir see a subset of large tensors.
+After ``DETAILED`` samples the histogram takes a quarter as many values of each, weighted alike, and channels are
+counted in every fourth: counting takes as long as running the model, and means and shapes of distributions are known
+by then. All parts are mergeable: two halves of the data merged say what one pass over both would have said.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from edgeq.num.histogram import Histogram
 Arrays = dict[str, NDArray[Any]]
 
 RESERVOIR = 1 << 13  # values kept raw per tensor
-HISTOGRAM_ELEMENTS = 1 << 15  # values of one tensor of one sample that enter the histogram: 1e6 after 32 samples
+HISTOGRAM_ELEMENTS = 1 << 15  # values of one tensor of one detailed sample that enter the histogram: 1e6 in all
+DETAILED, THEN_EVERY = 32, 4  # samples counted in full detail; afterwards a quarter of it tells as much
 HUGE = 1e30  # no activation; -3.4e38 is how exporters write "attend nowhere"
 MASK, PLAIN = -1e6, 1e4  # values below MASK beside a tensor otherwise within PLAIN are such a constant too (-1e9)
 SETTLED = 0.01  # a range that grows by less than this share of itself has settled
@@ -145,20 +148,20 @@ class Stats:
             return
         with np.errstate(invalid="ignore", over="ignore"):  # what is NaN or infinite is counted below
             view = _by_channel(np.ascontiguousarray(x, np.float32), axis)
-            low, high = _channel_extremes(view)
+            low, high = float(view.min()), float(view.max())
         values, counts = view.reshape(-1), np.full(view.shape[1], view.shape[0] * view.shape[2])
-        lows, highs = low, high
-        if not (low.min() > MASK and high.max() < HUGE):  # so written that NaN fails it
+        if not (low > MASK and high < HUGE):  # so written that NaN fails it
             usable = self._screen(view)
             values, counts, view = view[usable], usable.sum(axis=(0, 2)), np.where(usable, view, np.float32(0))
-            lows, highs, (low, high) = values, values, _channel_extremes(view)
+            low, high = float(values.min(initial=math.inf)), float(values.max(initial=-math.inf))
         self.shape = x.shape if math.prod(x.shape) >= math.prod(self.shape) else self.shape
         self.samples += 1
-        channels = Channels(_channel_sums(view), np.maximum(-low, high), counts)
-        self.sum += float(channels.sum.sum())
-        self._add_channels(channels if axis is not None and x.ndim >= -axis else None)
+        if self.samples == 1 or index < DETAILED or index % THEN_EVERY == 0:
+            by_channel = axis is not None and x.ndim >= -axis
+            self._add_channels(Channels(_channel_sums(view), _channel_absmax(view), counts) if by_channel else None)
         if values.size:
-            self._add_values(values, index, float(lows.min()), float(highs.max()))
+            self.sum += float(values.sum(dtype=np.float32))
+            self._add_values(values, index, low, high)
 
     def _screen(self, x: NDArray[np.float32]) -> NDArray[np.bool_]:
         """Which values count (same shape); those that don't are counted by what they are."""
@@ -182,12 +185,12 @@ class Stats:
             self.settled = self.samples
         self.min, self.max = min(self.min, low), max(self.max, high)
         self.count += values.size
-        stride = _stride(values.size, self.elements)
+        stride = _stride(values.size, self.elements if index < DETAILED else max(self.elements // THEN_EVERY, 1))
         subset = np.ascontiguousarray(values[index % stride :: stride])
         self.sum2 += float(np.square(subset, dtype=np.float64).sum()) * (values.size / subset.size)
         if stride > 1:
             self.histogram.add(np.array([low, high], np.float32))  # the subset may miss them
-        self.histogram.add(subset, weight=stride)
+        self.histogram.add(subset, weight=stride, within=(low, high))
         self.reservoir.add(values, index)
 
     def _widened(self, low: float, high: float) -> bool:
@@ -252,11 +255,10 @@ def _by_channel(x: NDArray[np.float32], axis: int | None) -> NDArray[np.float32]
     return x.reshape(math.prod(x.shape[:position]), x.shape[position], math.prod(x.shape[position + 1 :]))
 
 
-def _channel_extremes(view: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Smallest and largest value a channel of f32[outer, C, inner], innermost first since numpy is fastest there."""
-    if view.shape[2] == 1:
-        return view[:, :, 0].min(axis=0), view[:, :, 0].max(axis=0)
-    return view.min(axis=2).min(axis=0), view.max(axis=2).max(axis=0)
+def _channel_absmax(view: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Largest magnitude a channel of f32[outer, C, inner], innermost first since numpy is fastest there."""
+    rows = view[:, :, 0] if view.shape[2] == 1 else np.maximum(-view.min(axis=2), view.max(axis=2))
+    return np.asarray(np.abs(rows).max(axis=0) if view.shape[2] == 1 else rows.max(axis=0), np.float32)
 
 
 def _channel_sums(view: NDArray[np.float32]) -> NDArray[np.float64]:

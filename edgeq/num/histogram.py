@@ -45,13 +45,14 @@ class Histogram:
         """Middles f64[bins], ascending."""
         return (self.first + np.arange(self.counts.size, dtype=np.float64) + 0.5) * self.width
 
-    def add(self, x: NDArray[np.floating], weight: float = 1.0) -> None:
-        """Count every value of ``x``, any shape, f16, f32 or f64; ``weight`` times each: n, when ``x``
-        is every n-th value of a tensor. ValueError on NaN or infinity: filter them first."""
+    def add(self, x: NDArray[np.floating], weight: float = 1.0, *, within: tuple[float, float] | None = None) -> None:
+        """Count every value of ``x``, any shape, f16, f32 or f64; ``weight`` times each: n, when ``x`` is every n-th
+        value of a tensor. ``within`` are bounds of ``x`` where they are known, widest when they are its extremes.
+        ValueError on NaN or infinity: filter them first."""
         if x.size == 0:
             return
         values = x.reshape(-1)
-        self._cover(float(values.min()), float(values.max()))
+        self._cover(*(within or (float(values.min()), float(values.max()))))
         # A power of two multiplies exactly. Float32 suffices unless 2**-exponent leaves its normal range or is below 1:
         # there a tiny negative would underflow to 0 and land right of it.
         wide = x.dtype == np.float64 or not -125 < self.exponent <= 0

@@ -51,9 +51,11 @@ def _ours(count: int, out: Path) -> Callable[[], None]:
     from edgeq.target.load import load_target
     from edgeq.target.oracle import Oracle
 
+    float_file = float_model(MODEL)
+
     def run() -> None:
         target = load_target("local")
-        model, _ = read_model(float_model(MODEL), opset=target.opset)
+        model, _ = read_model(float_file, opset=target.opset)
         samples = load_samples(ZOO[MODEL].calibration, model, limit=count)
         context = steps.Context(target, Oracle(target), samples, Recorder())
         wanted = recipe.parse(recipe.DEFAULT, steps.KNOWN)
@@ -79,9 +81,11 @@ def _peer(count: int, out: Path) -> Callable[[], None]:
             sample = next(self.samples, None)
             return None if sample is None else {"image": sample["image"]}
 
+    float_file = float_model(MODEL)
+
     def run() -> None:
         prepared = out.with_suffix(".prepared.onnx")
-        quant_pre_process(str(float_model(MODEL)), str(prepared))
+        quant_pre_process(str(float_file), str(prepared))
         quantize_static(str(prepared), str(out), Photos(), calibrate_method=CalibrationMethod.Percentile)
 
     return run
