@@ -16,10 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeq.errors import RecipeError, did_you_mean
-from edgeq.num.formats import Int
+from edgeq.num.formats import E4M3, E8M0, Float, Int
 from edgeq.num.histogram import Histogram
-from edgeq.num.quant import CHANNEL, MIN_SCALE, TENSOR, QParams, Quant, mapping, quantize, steps, zero_point
+from edgeq.num.quant import CHANNEL, MIN_SCALE, TENSOR, QParams, Quant, mapping, quantize, snap, steps, zero_point
 from edgeq.num.ranges import Range, entropy_range, minmax_range, mse_range, percentile_range
+from edgeq.num.scales import fit_scales
 
 F64 = NDArray[np.float64]
 
@@ -79,29 +80,35 @@ def fit_weight(
 ) -> QParams:
     """The mapping of a constant of any shape; ``axis`` has a scale each, or is cut in blocks (unused per tensor).
 
-    Above 4 bits scales come from each row's extremes; up to 4 bits from a search for the least squared error over all
-    codes and, where symmetric, both signs of the scale (a negative one gives the extra code to the positive side: 2 to
-    3 dB for 4 bits). ``code_max`` limits |code| of 8-bit signed symmetric weights. A row of zeros gets the median scale
-    of the others, so that its bias is quantized as finely as theirs."""
+    Integers above 4 bits get scales from each row's extremes; up to 4 bits from a search for the least squared error
+    over all codes and, where symmetric, both signs of the scale (a negative one gives the extra code to the positive
+    side: 2 to 3 dB for 4 bits). Floats, and what has scales of 8 bits, are left to ``fit_scales``. ``code_max`` limits
+    |code| of 8-bit signed symmetric weights. A row of zeros gets the median scale of the others, so that its bias is
+    quantized as finely as theirs."""
     rows = _rows(w.astype(np.float32, copy=False), quant, axis)
     lo, hi = np.minimum(rows.min(1), 0.0).astype(np.float64), np.maximum(rows.max(1), 0.0).astype(np.float64)
-    codes = None
+    codes, tensor_scale = None, 1.0
     scale, zero = mapping(lo, hi, quant)
-    if isinstance(quant.format, Int) and quant.format.bits <= 4:
+    if isinstance(quant.format, Float) or quant.scale in (E4M3, E8M0):
+        fitted, tensor_scale = fit_scales(rows, quant)
+        scale = fitted.astype(np.float64)
+    elif quant.format.bits <= 4:
         codes = (quant.format.lo, quant.format.hi)
         scale, zero = _search_rows(rows, lo, hi, quant, codes)
     elif quant.symmetric and quant.format == Int(8, True) and code_max < 127:
         codes = (-code_max, code_max)
         scale = scale * 127 / code_max
     live = hi > lo
-    scale[~live] = np.median(np.abs(scale[live])) if live.any() else 1.0 / steps(quant)
-    scale = np.copysign(np.maximum(np.abs(scale), min_scale), scale).astype(np.float32)
+    alone = 1.0 / steps(quant) if isinstance(quant.format, Int) else 1.0
+    scale[~live] = np.median(np.abs(scale[live])) if live.any() else alone
+    scale = np.copysign(np.maximum(np.abs(scale), min_scale), scale)
     return QParams(
         quant,
-        _of_rows(scale, quant, w.shape, axis),
+        _of_rows(snap(scale, quant.scale, tensor_scale), quant, w.shape, axis),
         _of_rows(zero.astype(np.int32), quant, w.shape, axis),
         None if quant.block == TENSOR or axis is None else axis % w.ndim,
         codes,
+        tensor_scale,
     )
 
 

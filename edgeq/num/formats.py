@@ -33,30 +33,37 @@ class Int:
 
 @dataclass(frozen=True)
 class Float:
-    """A binary floating format: 1 sign bit, ``exp`` exponent and ``man`` mantissa bits."""
+    """A binary floating format: a sign bit if ``signed``, ``exp`` exponent and ``man`` mantissa bits."""
 
     exp: int
     man: int
+    signed: bool = True
 
     @property
     def bits(self) -> int:
-        return 1 + self.exp + self.man
+        return int(self.signed) + self.exp + self.man
 
     def __str__(self) -> str:
-        named = {(8, 23): "f32", (5, 10): "f16", (8, 7): "bf16"}
+        named = {(8, 23): "f32", (5, 10): "f16", (8, 7): "bf16", (8, 0): "e8m0"}
         return named.get((self.exp, self.man), f"f{self.bits}e{self.exp}m{self.man}")
 
 
 Format = Int | Float
 
 F32, F16, BF16 = Float(8, 23), Float(5, 10), Float(8, 7)
+E4M3, E5M2 = Float(4, 3), Float(5, 2)  # OCP FP8; E4M3 is ONNX's FLOAT8E4M3FN: no infinity, largest 448
+E2M3, E3M2, E2M1 = Float(2, 3), Float(3, 2), Float(2, 1)  # OCP FP6 and FP4: neither infinity nor NaN
+E8M0 = Float(8, 0, signed=False)  # powers of two from 2**-127: OCP's scale of MX blocks, no format of data
 
 
 def parse_format(text: str) -> Format:
     """``u8``, ``i4``, ``f32``, ``f16``, ``bf16``, ``f8e4m3`` … -> Format. Raises RecipeError on anything else."""
     if match := re.fullmatch(r"([iu])(2|4|8|16|32)", text):
         return Int(int(match[2]), match[1] == "i")
-    for known in (F32, F16, BF16, Float(4, 3), Float(5, 2), Float(2, 1), Float(3, 2), Float(2, 3)):
+    for known in (F32, F16, BF16, E4M3, E5M2, E2M3, E3M2, E2M1):
         if text == str(known):
             return known
-    raise RecipeError(f"unknown number format {text!r}", hint="use i2…i16, u2…u16, f32, f16, bf16, f8e4m3, f4e2m1")
+    raise RecipeError(
+        f"unknown number format {text!r}",
+        hint="use i2…i16, u2…u16, f32, f16, bf16, f8e4m3, f8e5m2, f6e2m3, f6e3m2, f4e2m1",
+    )
