@@ -15,6 +15,7 @@ import onnx_ir as ir
 from edgeq import recipe as recipes
 from edgeq import steps
 from edgeq.analyse.layers import layers
+from edgeq.analyse.saturation import certify
 from edgeq.analyse.store import Store
 from edgeq.facts import environment, samples_facts, source_facts, target_facts, timing_facts
 from edgeq.given import Wanted, check_form, pins_of, preprocessing_of, samples_spec, target_of
@@ -24,6 +25,7 @@ from edgeq.packaging import PACKAGES, Golden, Package, check_free, check_writabl
 from edgeq.report.progress import Progress
 from edgeq.report.record import Check, Coverage, Island, Report
 from edgeq.report.recorder import Recorder
+from edgeq.report.rows import saturation_line
 from edgeq.run.record import Feed, Samples
 from edgeq.run.samples import load_samples, split, take
 from edgeq.run.session import open_session, run_session
@@ -259,6 +261,9 @@ def _report(
     calibrate: Samples, held_out: Samples, context: steps.Context,
 ) -> Report:  # fmt: skip
     chosen, recorder = settled.chosen, context.recorder
+    saturation = certify(chosen.model) if "avx2" in context.target.isa else None
+    if saturation is not None and saturation.rows:
+        recorder.info("saturation", saturation_line(saturation))
     rows: tuple[dict[str, Any], ...] = ()
     if chosen.plan is not None:
         with recorder.step("layers"):
@@ -272,6 +277,7 @@ def _report(
         steps=tuple(recorder.steps),
         checks=validation.checks,
         coverage=chosen.coverage or _float_coverage(chosen, prepared.quantizer),
+        saturation=saturation,
         notices=tuple(recorder.notices),
         environment=environment(),
         samples={"calibration": samples_facts(calibrate), "evaluation": samples_facts(held_out)},

@@ -122,7 +122,7 @@ def test_list_and_explain(package: Path, capsys: pytest.CaptureFixture[str]) -> 
             assert _run(capsys, "explain", word)[::2] == (0, "")
     told = json.loads(_run(capsys, "explain", "cpu-x64-avx2", "--json")[1])["cpu-x64-avx2"]
     assert told["weights"] == "i8/channel"
-    assert "VPMADDUBSW" in told["source of limits.weight_code_max"]
+    assert "VPMADDUBSW" in told["source of limits.pair_sum_max"]
     assert told["kernel of MatMul+Add"] == "QGemm"  # as the runtime answers, for neighbours that run as one kernel
     assert told["kernel of MatMul+Add, Q/DQ between"] == "MatMul QLinearMatMul; Add QLinearAdd"
     assert told["kernel of LayerNormalization"].startswith("float: ")

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from numpy.typing import NDArray
 
-from edgeq.num.fit import MIN_SCALE, fit_bias, fit_weight, params_of_range
+from edgeq.num.fit import MIN_SCALE, fit_bias, fit_pairs, fit_weight, pair_sums, params_of_range
 from edgeq.num.quant import QParams, code_range, dequantize, fake_quant, parse_quant, quantize
 
 ENDS = st.floats(-(2.0**60), 2.0**60, width=32).filter(lambda x: x == 0 or abs(x) > 2.0**-60)
@@ -82,14 +84,18 @@ def test_a_channel_axis_may_be_any_also_counted_from_the_end() -> None:
     np.testing.assert_array_equal(np.moveaxis(quantize(CONV, first), 0, -1), quantize(turned, last))
 
 
-def test_fewer_codes_where_pairs_of_products_would_saturate() -> None:
-    params = fit_weight(CONV, parse_quant("i8/channel"), 0, code_max=64)
-    codes = quantize(CONV, params)
-    np.testing.assert_array_equal(np.abs(codes).max(axis=(1, 2, 3)), 64)
-    # AVX2 adds two u8 x s8 products in 16 bits.
-    assert 2 * 255 * int(np.abs(codes).max()) <= 32767
-    assert fit_weight(CONV, parse_quant("i16/channel"), 0, code_max=64).codes is None
-    assert fit_weight(CONV, parse_quant("u8/channel"), 0, code_max=64).codes is None
+@given(rows=arrays(np.float32, (6, 7), elements=st.floats(-1, 1, width=32)), sum_max=st.integers(20, 254))
+def test_scales_rise_until_no_two_neighbours_add_beyond_the_limit(rows: NDArray[np.float32], sum_max: int) -> None:
+    plain = fit_weight(rows, parse_quant("i8/channel"), 0)
+    params = fit_pairs(rows, plain, sum_max)
+    assert (params.scale >= plain.scale).all()
+    codes = np.pad(quantize(rows, params), ((0, 0), (0, 1))).reshape(6, 4, 2)
+    worst = np.maximum(codes.clip(0).sum(-1).max(-1), -codes.clip(None, 0).sum(-1).min(-1))
+    assert (worst <= sum_max).all()
+    raised = params.scale > plain.scale
+    assert (worst[raised] >= sum_max - 1).all(), "not a step more than needed"
+    whole = fit_pairs(rows, fit_weight(rows, parse_quant("i8/tensor"), None), sum_max)
+    assert whole.scale.shape == () and pair_sums(quantize(rows, whole)).max() <= sum_max
 
 
 def test_unsigned_symmetric_weights_lie_about_the_middle() -> None:

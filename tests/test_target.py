@@ -45,13 +45,8 @@ def test_shipped_targets_load() -> None:
     assert vnni.activations == avx2.activations == parse_quant("u8/tensor/asym")
     assert arm.activations == parse_quant("i8/tensor/asym")
     assert {target.weights for target in (vnni, avx2, arm)} == {parse_quant("i8/channel")}
-    assert (vnni.limits.weight_code_max, avx2.limits.weight_code_max, arm.limits.weight_code_max) == (127, 64, 127)
+    assert (avx2.limits.pair_sum_max, vnni.limits.pair_sum_max, arm.limits.pair_sum_max) == (32767, *[2**31 - 1] * 2)
     assert {target.opset for target in (vnni, avx2, arm)} == {21}
-
-
-def test_saturation_limit_is_the_largest_that_fits_16_bits() -> None:
-    code = load_target("cpu-x64-avx2").limits.weight_code_max
-    assert 2 * 255 * code <= 2**15 - 1 < 2 * 255 * (code + 1)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -74,7 +69,7 @@ def test_extends_replaces_keys_and_merges_tables(tmp_path: Path) -> None:
     )
     write(tmp_path, "parent", parent)
     child = "extends = 'parent.toml'\nsummary = 'child'\nverified = 'documentation'\nisa = []\nthreads = [4]\n"
-    target = load_target(write(tmp_path, "child", child + "[session]\nb = '3'\n[limits]\nweight_code_max = 64\n"))
+    target = load_target(write(tmp_path, "child", child + "[session]\nb = '3'\n[limits]\npair_sum_max = 64\n"))
     assert (target.name, target.summary, target.verified, target.extends) == (
         "child",
         "child",
@@ -82,13 +77,13 @@ def test_extends_replaces_keys_and_merges_tables(tmp_path: Path) -> None:
         "parent.toml",
     )
     assert (target.isa, target.threads, target.session) == ((), (4,), {"a": "1", "b": "3"})
-    assert (target.limits.bias_bits, target.limits.weight_code_max) == (16, 64)
+    assert (target.limits.bias_bits, target.limits.pair_sum_max) == (16, 64)
     assert target.sources == {"isa": "manual"}
 
 
 def test_extends_a_shipped_target(tmp_path: Path) -> None:
     text = "extends = 'cpu-x64-avx2'\nsummary = 'gateway'\nverified = 'documentation'\n"
-    assert load_target(write(tmp_path, "gateway", text)).limits.weight_code_max == 64
+    assert load_target(write(tmp_path, "gateway", text)).limits.pair_sum_max == 32767
 
 
 @pytest.mark.parametrize(
@@ -102,7 +97,7 @@ def test_extends_a_shipped_target(tmp_path: Path) -> None:
         (MINIMAL + "isa = 'avx2'\n", "key 'isa' is 'avx2', expected a list of CPU flags", "README"),
         (MINIMAL + "threads = []\n", "key 'threads' is [], expected a list of positive integers", "README"),
         (MINIMAL + "session = {a = 1}\n", "key 'session' is {'a': 1}, expected a table of texts", "README"),
-        (MINIMAL + "[limits]\nmin_scale = 0.0\n", "expected a table of weight_code_max", "README"),
+        (MINIMAL + "[limits]\nmin_scale = 0.0\n", "expected a table of pair_sum_max", "README"),
         (MINIMAL.replace('"here"', '"yes"'), "expected 'here' or 'emulator'", "README"),
         (MINIMAL.replace("u8/tensor/asym", "u9/tensor"), "key 'activations': unknown number format 'u9'", "use i2"),
         (MINIMAL.replace("i8/channel", "i8/canal"), "key 'weights': unknown word 'canal'", "channel"),

@@ -16,6 +16,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from edgeq.analyse.place import Atom, Plan
+from edgeq.analyse.saturation import kernel_rows, unsaturated
 from edgeq.analyse.stats import MASK, Stats
 from edgeq.errors import ModelError
 from edgeq.ir import query
@@ -174,7 +175,7 @@ def _constant(atom: Atom, index: int, target: Target) -> QParams:
         quant, axis = replace(target.weights, block=TENSOR), None
     else:
         quant = target.weights
-    return fit.fit_weight(array, quant, axis, code_max=target.limits.weight_code_max)
+    return unsaturated(kernel_rows(atom.head, array), fit.fit_weight(array, quant, axis), target)
 
 
 def _array(atom: Atom, index: int) -> NDArray[Any]:

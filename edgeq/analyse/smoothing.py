@@ -15,10 +15,11 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from edgeq.analyse.saturation import unsaturated
 from edgeq.ir import query
 from edgeq.num import fit
 from edgeq.num.metrics import snr_db
-from edgeq.num.quant import QParams, fake_quant
+from edgeq.num.quant import fake_quant
 from edgeq.run.record import Samples
 from edgeq.run.session import open_session, run_session
 from edgeq.target.record import Target
@@ -93,7 +94,7 @@ def _product_snr(x: F32, peak: F32, w: F32, scale: F32, exact: F32, target: Targ
     lo, hi = max(float(small.min()), -top), top
     codes_x = fit.params_of_range(min(lo, 0.0), max(hi, 0.0), target.activations)
     scaled = w * scale[:, None]
-    codes_w: QParams = fit.fit_weight(scaled, target.weights, 1, code_max=target.limits.weight_code_max)
+    codes_w = unsaturated(scaled.T, fit.fit_weight(scaled, target.weights, 1), target)
     return float(np.mean(snr_db(exact[None], (fake_quant(small, codes_x) @ fake_quant(scaled, codes_w))[None])))
 
 
@@ -113,7 +114,7 @@ def _rows(
     for index in np.linspace(0, len(samples) - 1, count).astype(int):
         feed = samples.read(int(index))
         for name, array in run_session(session, feed, wanted).items():
-            rows = _unpadded(array, feed)
+            rows = unpadded(array, feed)
             peak = np.abs(rows).max(axis=0)
             peaks[name] = np.maximum(peaks[name], peak) if name in peaks else peak
             step = max(1, len(rows) * count // ROWS)
@@ -121,7 +122,7 @@ def _rows(
     return {name: np.concatenate(parts) for name, parts in kept.items() if parts}, peaks
 
 
-def _unpadded(array: F32, feed: Mapping[str, NDArray[np.generic]]) -> F32:
+def unpadded(array: F32, feed: Mapping[str, NDArray[np.generic]]) -> F32:
     """[..., K] -> [rows, K] without the positions an attention mask [batch, sequence] calls padding."""
     mask = feed.get("attention_mask")
     if mask is not None and array.shape[:2] == mask.shape:

@@ -75,16 +75,13 @@ def params_of_range(lo: float, hi: float, quant: Quant, *, min_scale: float = MI
     return params
 
 
-def fit_weight(
-    w: NDArray[np.floating], quant: Quant, axis: int | None, *, code_max: int = 127, min_scale: float = MIN_SCALE
-) -> QParams:
+def fit_weight(w: NDArray[np.floating], quant: Quant, axis: int | None, *, min_scale: float = MIN_SCALE) -> QParams:
     """The mapping of a constant of any shape; ``axis`` has a scale each, or is cut in blocks (unused per tensor).
 
     Integers above 4 bits get scales from each row's extremes; up to 4 bits from a search for the least squared error
     over all codes and, where symmetric, both signs of the scale (a negative one gives the extra code to the positive
-    side: 2 to 3 dB for 4 bits). Floats, and what has scales of 8 bits, are left to ``fit_scales``. ``code_max`` limits
-    |code| of 8-bit signed symmetric weights. A row of zeros gets the median scale of the others, so that its bias is
-    quantized as finely as theirs."""
+    side: 2 to 3 dB for 4 bits). Floats, and what has scales of 8 bits, are left to ``fit_scales``. A row of zeros gets
+    the median scale of the others, so that its bias is quantized as finely as theirs."""
     rows = _rows(w.astype(np.float32, copy=False), quant, axis)
     lo, hi = np.minimum(rows.min(1), 0.0).astype(np.float64), np.maximum(rows.max(1), 0.0).astype(np.float64)
     codes, tensor_scale = None, 1.0
@@ -95,9 +92,6 @@ def fit_weight(
     elif quant.format.bits <= 4:
         codes = (quant.format.lo, quant.format.hi)
         scale, zero = _search_rows(rows, lo, hi, quant, codes)
-    elif quant.symmetric and quant.format == Int(8, True) and code_max < 127:
-        codes = (-code_max, code_max)
-        scale = scale * 127 / code_max
     live = hi > lo
     alone = 1.0 / steps(quant) if isinstance(quant.format, Int) else 1.0
     scale[~live] = np.median(np.abs(scale[live])) if live.any() else alone
@@ -110,6 +104,26 @@ def fit_weight(
         codes,
         tensor_scale,
     )
+
+
+def fit_pairs(rows: NDArray[np.floating], params: QParams, sum_max: int) -> QParams:
+    """The mapping of a symmetric i8 weight with scales raised until no two neighbouring codes add beyond ``sum_max``.
+
+    ``rows`` [scales, K] are the weights in the order the kernel multiplies them; all of them where the tensor has one.
+    A scale takes what its own worst pair needs and no more. Two numbers that add to less than a whole number don't add
+    to more once both are rounded to nearest, so codes keep the bound that quotients keep, also when a scale is raised
+    later; codes rounded in another way need not."""
+    needed = np.asarray(pair_sums(rows.astype(np.float64)) / sum_max * (1 + 2.0**-22))  # survives rounding to f32
+    needed = needed.max() if params.scale.ndim == 0 else needed
+    return replace(params, scale=np.asarray(np.maximum(params.scale, needed), np.float32))
+
+
+def pair_sums(rows: NDArray[Any]) -> NDArray[Any]:
+    """[rows, K] -> [rows]: the largest magnitude that elements 2j and 2j + 1 reach when each may be multiplied by
+    anything from 0 to 1, so that only those of one sign add."""
+    even = np.pad(rows, ((0, 0), (0, rows.shape[1] % 2)))
+    ends = (np.maximum(even, 0), np.maximum(-even, 0))
+    return np.asarray(np.maximum(*((end[:, 0::2] + end[:, 1::2]).max(axis=1, initial=0) for end in ends)))
 
 
 def fit_bias(

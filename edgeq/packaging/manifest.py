@@ -20,6 +20,7 @@ from edgeq.errors import PackageError
 from edgeq.ir import io
 from edgeq.report.record import Report
 from edgeq.run.record import Array, Feed
+from edgeq.target.detect import VNNI_FLAGS
 from edgeq.version import __version__
 
 SCHEMA = 1
@@ -97,7 +98,7 @@ def manifest(package: Package, folder: Path) -> dict[str, Any]:
         "requires": {
             "onnxruntime": OLDEST_RUNTIME,
             "provider": target.get("provider", "CPUExecutionProvider"),
-            "isa": list(target.get("isa", ())),
+            "isa": _needed_isa(package.report),
             "opset": model.opset_imports[""],
         },
         "session": dict(target.get("session", {})),
@@ -116,6 +117,13 @@ def manifest(package: Package, folder: Path) -> dict[str, Any]:
             if path.is_file()
         },
     }
+
+
+def _needed_isa(report: Report) -> list[str]:
+    """The target's CPU flags, less VNNI where the file is certified to give the same integers without it."""
+    certified = report.saturation is not None and not report.saturation.flagged
+    entries = report.target.get("isa", ())
+    return [entry for entry in entries if not (certified and VNNI_FLAGS.issuperset(entry.split("|")))]
 
 
 def _signature(value: ir.Value) -> dict[str, Any]:

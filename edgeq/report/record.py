@@ -79,6 +79,31 @@ class Coverage:
 
 
 @dataclass(frozen=True)
+class PairSums:
+    """A node whose integer kernel adds products in pairs, and what a pair can reach over all inputs.
+
+    ``rows``: outputs; ``flagged``: those that can leave 16 bits; ``worst``: the largest magnitude."""
+
+    node: str
+    op: str
+    rows: int
+    flagged: int
+    worst: int
+
+
+@dataclass(frozen=True)
+class Saturation:
+    """Whether any input can make products saturate on x86 CPUs that add them in 16 bits, those without VNNI.
+
+    When ``flagged`` is 0 it is a certificate: the same integers on every x86-64 CPU. Sums over ``nodes``."""
+
+    rows: int
+    flagged: int
+    worst: int
+    nodes: tuple[PairSums, ...] = ()
+
+
+@dataclass(frozen=True)
 class Artifact:
     """A file that runs. ``digest`` is sha256 of the model with its weights; sizes in bytes, external data included."""
 
@@ -101,6 +126,7 @@ class Report:
     steps: tuple[StepRecord, ...] = ()
     checks: tuple[Check, ...] = ()
     coverage: Coverage | None = None
+    saturation: Saturation | None = None  # of files for x86-64
     notices: tuple[Notice, ...] = ()
     environment: dict[str, Any] = field(default_factory=dict)
     samples: dict[str, Any] = field(default_factory=dict)

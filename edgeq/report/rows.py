@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgeq.report.record import Check, Island, Report
+from edgeq.report.record import Check, Island, Report, Saturation
 
 MIB = 1024.0 * 1024.0
 SYNTHETIC = "SYNTHETIC DATA: the inputs are random numbers; accuracy on them says nothing about real use."
@@ -128,6 +128,13 @@ def coverage_line(report: Report) -> str:
         return f"{share} could run on integers: {nodes}"
     left = f" · {len(found.unexplained)} unexplained Q/DQ" if found.unexplained else ""
     return f"{share} run on integers: {nodes}, {found.boundary_qdq} Q/DQ at their borders{left}"
+
+
+def saturation_line(found: Saturation) -> str:
+    """One sentence on whether x86 CPUs without VNNI compute the same."""
+    if found.flagged:
+        return f"{found.flagged} of {found.rows} rows can saturate on x86 CPUs without VNNI: this file is for VNNI only"
+    return f"no pair of products leaves 16 bits in {found.rows} rows: the same integers on every x86-64 CPU"
 
 
 def sizes(report: Report) -> list[tuple[str, int]]:

@@ -2,7 +2,7 @@
 
 Only facts are read here: flags, the family they stand for, and a fingerprint for caches. Flags come from
 ``/proc/cpuinfo`` where there is one and from NumPy's own detection elsewhere (macOS, Windows). What can't be seen
-counts as absent, so an unknown x86 machine gets the target whose weights no kernel can saturate.
+counts as absent, so an unknown x86 machine gets the target whose products no kernel can saturate.
 """
 
 from __future__ import annotations

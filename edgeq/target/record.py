@@ -11,11 +11,12 @@ from edgeq.num.quant import Quant
 class Limits:
     """Hard facts a file for this target must keep.
 
-    ``weight_code_max``: largest |code| of an 8-bit weight (64 where u8 x s8 pairs saturate 16 bits, else 127).
+    ``pair_sum_max``: largest magnitude two neighbouring u8 x i8 products may add to (32767 where they are added in 16
+    bits, else what 32 hold).
     ``bias_bits``: width of the bias integer. ``min_scale``: smallest scale the runtime handles without underflow.
     """
 
-    weight_code_max: int = 127
+    pair_sum_max: int = 2**31 - 1
     bias_bits: int = 32
     min_scale: float = 2.0**-126
 
