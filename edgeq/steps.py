@@ -7,6 +7,7 @@ which nodes end up integer is settled by measurement later, and each plan must b
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,15 +24,18 @@ from edgeq.analyse.observe import observe
 from edgeq.analyse.sensitivity import Probe, decibel, only, sensitivity
 from edgeq.analyse.stats import Stats
 from edgeq.analyse.store import Store
+from edgeq.analyse.weights import nearest, snr_db, storable
 from edgeq.errors import RecipeError
-from edgeq.ir import query, verify
+from edgeq.ir import io, query, verify
 from edgeq.num.fit import METHODS
+from edgeq.num.quant import parse_quant
 from edgeq.recipe import Recipe, Step
 from edgeq.report.record import Coverage
 from edgeq.report.recorder import Recorder
 from edgeq.rewrite.canonicalize import canonicalize as canonicalize_model
 from edgeq.rewrite.qdq import insert_qdq
 from edgeq.rewrite.smooth import smooth as smooth_model
+from edgeq.rewrite.weights import store_weights, ways_of
 from edgeq.run.record import Samples
 from edgeq.run.samples import take
 from edgeq.target.oracle import Oracle
@@ -100,6 +104,37 @@ def smooth(model: ir.Model, context: Context) -> ir.Model:
     known = {node.name for node in model.graph}
     added = [str(node.name) for node in result.graph if node.name not in known]
     context.keep_float.update(dict.fromkeys(added, "it evens out channels before they are rounded, not after"))
+    return result
+
+
+def weights(
+    model: ir.Model,
+    context: Context,
+    *,
+    format: str = "u4/block32/asym",
+    ops: str = "MatMul+Gemm",
+) -> ir.Model:
+    """Weights of ``ops`` (MatMul, Gemm, Conv, Gather) in any number format; activations stay float."""
+    quant = parse_quant(format)
+    with context.recorder.step("weights") as facts:
+        wanted = storable(model, quant, ops.split("+"), leave=context.keep_float)
+        coded = nearest(model, wanted)
+        result = store_weights(model, coded)
+        ways = Counter(ways_of(model, coded).values())
+        facts.update(format=str(quant), weights=len(coded), **{str(way): count for way, count in ways.items()})
+        facts.update(bytes_before=io.weight_bytes(model), bytes_after=io.weight_bytes(result))
+        if coded:
+            facts["snr_db"] = round(snr_db(model, coded), 1)
+    if ways["load"]:
+        context.recorder.info(
+            "decoded-at-load",
+            f"{ways['load']} weights in {quant} are decoded when the model is loaded and take float's memory then: "
+            "the runtime multiplies by no such codes",
+        )
+    known = {node.name for node in model.graph}
+    added = [str(node.name) for node in result.graph if node.name not in known]
+    readers = [name for name, _ in coded]
+    context.keep_float.update(dict.fromkeys([*added, *readers], f"its weights are stored as {quant}"))
     return result
 
 
@@ -226,7 +261,12 @@ def quantize(model: ir.Model, context: Context, *, ranges: str = "auto") -> Quan
 
 
 StepFunction = Callable[..., Any]
-STEPS: dict[str, StepFunction] = {"canonicalize": canonicalize, "smooth": smooth, "quantize": quantize}
+STEPS: dict[str, StepFunction] = {
+    "canonicalize": canonicalize,
+    "smooth": smooth,
+    "weights": weights,
+    "quantize": quantize,
+}
 
 
 def options_of(function: StepFunction) -> frozenset[str]:
@@ -235,6 +275,7 @@ def options_of(function: StepFunction) -> frozenset[str]:
     return frozenset(p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY)
 
 
+READ_WEIGHTS = ("canonicalize", "smooth")  # steps that see weights as numbers, or fold codes back into them
 KNOWN = {name: options_of(function) for name, function in STEPS.items()}
 
 
@@ -248,9 +289,14 @@ class Prepared:
 
 
 def apply(recipe: Recipe, model: ir.Model, context: Context) -> Prepared:
-    """Run the steps in order. ``quantize`` must come last. Raises RecipeError otherwise."""
+    """Run the steps in order. ``quantize`` must come last, ``weights`` behind the steps that read weights. Raises
+    RecipeError otherwise."""
     prepared = Prepared(model)
+    stored = False
     for step in recipe.steps:
+        stored = stored or step.name == "weights"
+        if stored and step.name in READ_WEIGHTS:
+            raise RecipeError(f"step {step.name!r} stands behind weights", hint=f"put {step.name} first")
         if prepared.quantizer is not None:
             raise RecipeError(f"step {step.name!r} stands behind quantize", hint="put quantize last")
         result = _run(step, prepared.model, context)
