@@ -32,7 +32,7 @@ from edgeq.packaging import (
     write_directory,
 )
 from edgeq.report.codec import from_json
-from edgeq.report.record import Artifact, Check, Report
+from edgeq.report.record import Artifact, Check, Report, Saturation
 
 NET = """
 <ir_version: 10, opset_import: ["" : 21]>
@@ -114,6 +114,25 @@ def test_the_manifest_tells_what_an_app_needs(package: Package, tmp_path: Path) 
     )
     assert checked.stdout == "manifest.json: OK\n"
     assert from_json((out / "report.json").read_text()).artifact.path == "model.onnx"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("saturation", "isa"),
+    [
+        (None, ["avx2", "avx512_vnni|avx_vnni"]),
+        (Saturation(9, 2, 64770), ["avx2", "avx512_vnni|avx_vnni"]),
+        (Saturation(9, 0, 32640), ["avx2"]),
+        (Saturation(0, 0, 0), ["avx2"]),
+    ],
+)
+def test_a_certified_model_does_not_need_vnni(
+    saturation: Saturation | None, isa: list[str], package: Package, tmp_path: Path
+) -> None:
+    target = {**REPORT.target, "isa": ["avx2", "avx512_vnni|avx_vnni"]}
+    report = replace(REPORT, target=target, saturation=saturation)
+    out = write_directory(replace(package, report=report), tmp_path / "net.edgeq")
+    assert json.loads((out / "manifest.json").read_text())["requires"]["isa"] == isa
+    assert read_directory(out).report.saturation == saturation
 
 
 def test_the_loader_runs_alone(package: Package, tmp_path: Path) -> None:

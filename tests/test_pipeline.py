@@ -231,6 +231,7 @@ def test_other_targets_export_here_too(
     report = told(capsys, status)
     assert report.target["name"] == target
     assert any(row["integer_macs_share"] == pytest.approx(1) for row in report.candidates)
+    assert (report.saturation is not None and report.saturation.flagged == 0) == (target == "cpu-x64-avx2")
 
 
 def test_held_out_samples_are_taken_from_calibration_and_said(
