@@ -180,7 +180,8 @@ def _floats(
         emit(prepared.model.clone(), context.target, path)
         with context.recorder.step("judge") as facts:
             facts["draft"] = "float prepared"
-            draft = Draft("float prepared", path, prepared.model, checks=tuple(judge(path)))
+            checks = tuple(judge(path))
+            draft = Draft("float prepared", path, prepared.model, checks=checks, asked=prepared.stored)
         if draft.accurate:
             drafts.append(draft)
         else:

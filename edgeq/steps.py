@@ -125,6 +125,8 @@ def weights(
         facts.update(bytes_before=io.weight_bytes(model), bytes_after=io.weight_bytes(result))
         if coded:
             facts["snr_db"] = round(snr_db(model, coded), 1)
+    if not coded:
+        context.recorder.warn("nothing-to-store", f"no weight of {ops} has enough elements to be stored in {quant}")
     if ways["load"]:
         context.recorder.info(
             "decoded-at-load",
@@ -281,10 +283,11 @@ KNOWN = {name: options_of(function) for name, function in STEPS.items()}
 
 @dataclass
 class Prepared:
-    """The float model after its steps, and the Quantizer when the recipe asks for one."""
+    """The float model after its steps, and the Quantizer when the recipe asks for one. ``stored``: by ``weights``."""
 
     model: ir.Model
     quantizer: Quantizer | None = None
+    stored: bool = False
     intermediates: list[tuple[str, ir.Model]] = field(default_factory=list)
 
 
@@ -292,10 +295,9 @@ def apply(recipe: Recipe, model: ir.Model, context: Context) -> Prepared:
     """Run the steps in order. ``quantize`` must come last, ``weights`` behind the steps that read weights. Raises
     RecipeError otherwise."""
     prepared = Prepared(model)
-    stored = False
     for step in recipe.steps:
-        stored = stored or step.name == "weights"
-        if stored and step.name in READ_WEIGHTS:
+        prepared.stored |= step.name == "weights"
+        if prepared.stored and step.name in READ_WEIGHTS:
             raise RecipeError(f"step {step.name!r} stands behind weights", hint=f"put {step.name} first")
         if prepared.quantizer is not None:
             raise RecipeError(f"step {step.name!r} stands behind quantize", hint="put quantize last")

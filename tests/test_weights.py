@@ -10,7 +10,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from edgeq import steps
+from edgeq import pipeline, steps
 from edgeq.analyse.weights import nearest, snr_db, storable
 from edgeq.errors import ModelError, RecipeError
 from edgeq.ir import io, query, verify
@@ -20,9 +20,11 @@ from edgeq.recipe import parse
 from edgeq.report.recorder import Recorder
 from edgeq.rewrite.weights import store_weights, ways_of
 from edgeq.run.session import open_session, run_session
+from edgeq.search import settle
 from edgeq.source import read_model
 from edgeq.steps import Context
 from edgeq.target.load import load_target
+from tests import small_net
 from tests.graphs import graph, normal, ops
 from tests.placed import VNNI, all_integer, oracle_of, samples_of
 
@@ -278,6 +280,32 @@ def test_what_reads_weights_comes_first(name: str) -> None:
         steps.apply(recipe, model, context)
     prepared = steps.apply(parse("canonicalize; smooth; weights(format=mxfp8)", steps.KNOWN), model, context)
     assert [name for name, _ in prepared.intermediates] == ["canonicalize", "smooth", "weights"]
+
+
+@pytest.mark.slow
+def test_stored_weights_ship_when_they_are_accurate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether they are faster or not: the recipe asked for them. What isn't accurate doesn't ship."""
+    monkeypatch.setattr(settle, "DECIDE_SECONDS", 0.2)
+    monkeypatch.setattr(pipeline, "VALIDATE_SECONDS", 0.2)
+    small_net.write(tmp_path)
+    for text, ships in (("f16", True), ("u2/block16/asym", False)):
+        report = pipeline.export(
+            tmp_path / "net.onnx", out=tmp_path / f"{ships}.edgeq", calibration=str(tmp_path / "calibration.npz"),
+            evaluation=str(tmp_path / "evaluation.npz"), threads=[1],
+            inputs=[f"image=1,3,{small_net.SIZE},{small_net.SIZE}"],
+            recipe=f"canonicalize; weights(format={text}, ops=Conv)",
+        )  # fmt: skip
+        shipped = next(row["name"] for row in report.candidates if row["ships"])
+        assert shipped == ("float prepared" if ships else "float as given")
+        codes = {notice.code for notice in report.notices}
+        assert codes == {"decoded-at-load"} | (set() if ships else {"prepared-differs"})
+        assert (report.check("size_ratio").value < 0.7) is ships
+
+
+def test_nothing_to_store_is_told() -> None:
+    model, context = net()
+    assert ops(steps.weights(model, context, ops="Conv")) == ops(model)
+    assert [notice.code for notice in context.recorder.notices] == ["nothing-to-store"]
 
 
 def test_an_unknown_format_is_told() -> None:

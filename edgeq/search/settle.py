@@ -41,7 +41,8 @@ class Judge(Protocol):
 
 @dataclass(frozen=True)
 class Draft:
-    """A file that could ship. ``plan`` and ``coverage`` are None for float ones."""
+    """A file that could ship. ``plan`` and ``coverage`` are None for float ones; ``asked``: a float file whose weights
+    are stored as the recipe says, which ships before other float files whether it is faster or not."""
 
     name: str
     path: Path
@@ -50,6 +51,7 @@ class Draft:
     coverage: Coverage | None = None
     checks: tuple[Check, ...] = ()
     kept_float: Mapping[str, str] = field(default_factory=dict)
+    asked: bool = False
 
     @property
     def accurate(self) -> bool:
@@ -80,9 +82,10 @@ def settle(
         ratios, best_float = _race(list(floats), accurate, feeds, context)
         facts["candidates"] = len(floats) + len(accurate)
     proven = [draft for draft in accurate if all(r.high < 1 for r in ratios[draft.name])]
-    chosen = min(proven, key=lambda draft: _mean(ratios[draft.name]), default=best_float)
+    unproven = next((draft for draft in floats if draft.asked), best_float)
+    chosen = min(proven, key=lambda draft: _mean(ratios[draft.name]), default=unproven)
     rows = [_row(draft, ratios.get(draft.name), chosen, best_float) for draft in (*floats, *drafts)]
-    if quantizer is not None and chosen is best_float:
+    if quantizer is not None and chosen is unproven:
         context.recorder.warn("float-ships", _why_float(drafts, accurate))
     return Settled(chosen, best_float, tuple(rows))
 
