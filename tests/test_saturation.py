@@ -25,21 +25,17 @@ from edgeq.lower.legalize import legalize
 from edgeq.num.fit import fit_weight
 from edgeq.num.quant import parse_quant, quantize
 from edgeq.report.record import PairSums, Saturation
-from edgeq.report.recorder import Recorder
 from edgeq.report.rows import saturation_line
 from edgeq.run.samples import load_samples
-from edgeq.source import read_model
-from edgeq.steps import Context, Quantizer, canonicalize
 from edgeq.target.detect import VNNI_FLAGS, cpu_flags
 from edgeq.target.load import load_target
+from tests.bench.saturation import NO_VNNI, files
 from tests.emulated import needs_qemu, outputs
 from tests.graphs import graph, normal
-from tests.placed import VNNI, all_integer, oracle_of, placed
+from tests.placed import VNNI, placed
 from tests.zoo import ZOO
-from tests.zoo.packages import source
 
 AVX2 = load_target("cpu-x64-avx2")
-NO_VNNI = "Haswell"
 RNG = np.random.default_rng(11)
 Ints = NDArray[Any]
 
@@ -275,20 +271,11 @@ def test_products_pair_as_the_certificate_says(tmp_path: Path) -> None:
 def test_a_certified_model_computes_the_same_without_vnni(name: str, tmp_path: Path) -> None:
     """Within a step of its output, here and on the emulated CPU; the file for VNNI does not."""
     needs_qemu()
-    entry = ZOO[name]
-    model, _ = read_model(source(entry), opset=21)
-    samples = load_samples(entry.calibration, model, limit=8)
-    context = Context(load_target(VNNI), oracle_of(VNNI), samples, Recorder())
-    quantizer = Quantizer(canonicalize(model, context), context, "minmax")
-    quantizer.costs = all_integer(quantizer.atoms)
-    plan, plain, _ = quantizer.fused()
-    context.target = AVX2
-    repaired = quantizer.build(plan)
-    assert certify(plain).flagged > certify(plain).rows / 2
-    assert certify(repaired).flagged == 0
-    models = {"plain": tmp_path / "plain.onnx", "repaired": tmp_path / "repaired.onnx"}
-    for key, made in (("plain", plain), ("repaired", repaired)):
-        io.write(made, models[key])
+    made = files(name, tmp_path, count=8, ranges="minmax")
+    assert certify(made["vnni"]).flagged > certify(made["vnni"]).rows / 2
+    assert certify(made["rows"]).flagged == 0
+    models = {key: tmp_path / f"{key}.onnx" for key in ("vnni", "rows")}
+    samples = load_samples(ZOO[name].calibration, made["float"], limit=8)
     feeds = {key: [samples.read(index) for index in (0, 5)] for key in models}
     here, there = outputs("", models, feeds), outputs(NO_VNNI, models, feeds)
     steps = {
@@ -297,9 +284,9 @@ def test_a_certified_model_computes_the_same_without_vnni(name: str, tmp_path: P
         )
         for key in models
     }
-    assert steps["repaired"] <= 1
+    assert steps["rows"] <= 1
     if cpu_flags() & VNNI_FLAGS:  # elsewhere both saturate alike
-        assert steps["plain"] > 10
+        assert steps["vnni"] > 10
 
 
 def test_ci_has_an_emulator(monkeypatch: pytest.MonkeyPatch) -> None:
