@@ -113,8 +113,11 @@ def weights(
     *,
     format: str = "u4/block32/asym",
     ops: str = "MatMul+Gemm",
+    rounding: str = "nearest",
 ) -> ir.Model:
     """Weights of ``ops`` (MatMul, Gemm, Conv, Gather) in any number format; activations stay float."""
+    if rounding != "nearest":
+        raise RecipeError(f"weights(rounding={rounding}) is not known", hint="use nearest")
     quant = parse_quant(format)
     with context.recorder.step("weights") as facts:
         wanted = storable(model, quant, ops.split("+"), leave=context.keep_float)

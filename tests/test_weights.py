@@ -312,3 +312,5 @@ def test_an_unknown_format_is_told() -> None:
     model, context = net()
     with pytest.raises(RecipeError, match="unknown number format 'u5'"):
         steps.weights(model, context, format="u5/channel")
+    with pytest.raises(RecipeError, match="rounding=up"):
+        steps.weights(model, context, rounding="up")
