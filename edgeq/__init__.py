@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from edgeq.pipeline import export
     from edgeq.report.codec import from_json, to_json
     from edgeq.report.record import Check, Notice, Report
+    from edgeq.sizes import footprint
     from edgeq.target.load import load_target
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "__version__",
     "bench",
     "export",
+    "footprint",
     "from_json",
     "inspect",
     "load_target",
@@ -46,6 +48,7 @@ HOMES = {
     "Report": "edgeq.report.record",
     "bench": "edgeq.examine",
     "export": "edgeq.pipeline",
+    "footprint": "edgeq.sizes",
     "from_json": "edgeq.report.codec",
     "inspect": "edgeq.examine",
     "load_target": "edgeq.target.load",

@@ -37,6 +37,7 @@ LAYERS = {
     "search": 10,
     "examine": 10.5,
     "pipeline": 10.5,
+    "sizes": 10.5,
     "cli": 11,
     "__init__": 11,
     "__main__": 11.5,

@@ -111,6 +111,35 @@ def inspect(model: str, target: str, inputs: tuple[str, ...]) -> Report:
 
 
 @cli.command(cls=Command, epilog=EPILOG)
+@click.argument("model", required=False)
+@click.option("--params", metavar="10B", help="A number of parameters instead of MODEL.")
+@options.target
+@options.inputs
+@click.option("-c", "--calibration", metavar="DATA", help="Samples; the first one is run.")
+@click.option("--memory", metavar="4GB", help="Memory it must fit.  [default: the target's, where known]")
+@click.option("--weights", metavar="FORMAT", help="Hold this format to the memory, not the smallest: INT4, mxfp4, …")
+@click.option("--layers", type=click.IntRange(min=1), help="Layers of a decoder, for its KV cache.")
+@click.option("--kv-heads", type=click.IntRange(min=1), help="Heads of its keys.")
+@click.option("--head-dim", type=click.IntRange(min=1), help="Width of a head.")
+@click.option("--context", multiple=True, type=click.IntRange(min=1), help="Positions kept; repeat for several.")
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Sequences kept at once.")
+@options.as_json
+def footprint(model: str | None, **settings: Any) -> Report:
+    """Tell how much memory MODEL needs.
+
+    In every number format, before anything is built. MODEL is what export takes, a package, or a Hugging Face folder.
+
+    \b
+    edgeq footprint --params 10B
+    edgeq footprint net.onnx --input x=1,3,640,640 --memory 128MB
+    edgeq footprint my-llama/config.json --context 32768 --memory 8GB --weights INT8
+    """
+    from edgeq.sizes import footprint as run
+
+    return run(model, **settings)
+
+
+@cli.command(cls=Command, epilog=EPILOG)
 @click.argument("package", type=PATH)
 @options.evaluation
 @click.option("--reference", metavar="MODEL", help="Float model to compare with.  [default: the one it was made from]")

@@ -91,6 +91,9 @@ def _tables(report: Report) -> Iterable[str]:
     if report.coverage:
         yield _section("Unexplained Q/DQ", [{"node": node} for node in report.coverage.unexplained])
         yield _section("Kernels", [{"kernel": name, "nodes": count} for name, count in report.coverage.kernels.items()])
+    yield _section("Weights by format", rows.format_rows(report))
+    yield _section("Memory", rows.memory_rows(report))
+    yield _section("KV cache", rows.cache_rows(report))
     yield _section("Quantized tensors", report.layers)
     yield _section("Candidates", report.candidates)
     steps = [{"step": s.name, "seconds": s.seconds, "facts": s.facts, "notes": list(s.notes)} for s in report.steps]

@@ -133,6 +133,7 @@ class Report:
     latency: dict[str, Any] = field(default_factory=dict)  # "reference"/"artifact"/… -> Timing as a dict, per threads
     layers: tuple[dict[str, Any], ...] = ()  # name, op, snr_db, format: a row a quantised tensor
     candidates: tuple[dict[str, Any], ...] = ()  # what was measured: name, ships, why, …
+    footprint: dict[str, Any] = field(default_factory=dict)  # formula, formats, kv_cache, memory: bytes before building
     schema: int = SCHEMA
 
     @property

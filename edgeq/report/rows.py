@@ -97,10 +97,49 @@ def number(value: float | None) -> str:
 
 
 def quantity(value: float | None, unit: str) -> str:
-    """A value with its unit; bytes as KiB or MiB."""
+    """A value with its unit; ``bytes`` as KiB or MiB, ``B`` in powers of ten."""
+    if value is not None and unit == "B":
+        return decimal(value)
     if value is not None and unit == "bytes":
         return f"{number(value / MIB)} MiB" if value >= 0.1 * MIB else f"{number(value / 1024)} KiB"
     return f"{number(value)} {unit}".strip()
+
+
+def decimal(value: float) -> str:
+    """Bytes in powers of ten, as disks and models are sold: ``40 GB``, ``5.781 GB``, ``14.2 MB``."""
+    for factor, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if value >= factor:
+            return f"{value / factor:.4g} {unit}"
+    return f"{value:.0f} B"
+
+
+def format_rows(report: Report) -> list[dict[str, str]]:
+    """Weights by number format as text; columns nobody filled are left out."""
+    found = [
+        {
+            "format": row["name"], "text form": row["format"], "bits a weight": f"{row['bits']:.4g}",
+            "stored": decimal(row["bytes"]),
+            "compressed": "" if row.get("compressed") is None else decimal(row["bytes"] * row["compressed"]),
+            "fits": {None: "", True: "yes", False: "no"}[row.get("fits")],
+        }
+        for row in report.footprint.get("formats", ())
+    ]  # fmt: skip
+    return [{key: text for key, text in row.items() if any(other[key] for other in found)} for row in found]
+
+
+def cache_rows(report: Report) -> list[dict[str, str]]:
+    """Keys and values by context length, a column a format."""
+    return [
+        {"KV cache at context": f"{row['context']:,}"}
+        | {name: decimal(value) for name, value in row.items() if name != "context"}
+        for row in report.footprint.get("kv_cache", ())
+    ]
+
+
+def memory_rows(report: Report) -> list[dict[str, str]]:
+    """What a predicted peak is made of."""
+    memory = report.footprint.get("memory", {})
+    return [{"memory": name.replace("_", " "), "predicted": decimal(value)} for name, value in memory.items()]
 
 
 def interval(check: Check) -> str:
@@ -114,7 +153,8 @@ def limit(check: Check) -> str:
     """``≤ 0.5`` or ``≥ 1.3``, empty without a limit."""
     if check.limit is None:
         return ""
-    return f"{'≤' if check.limit_kind == 'max' else '≥'} {number(check.limit)}"
+    shown = decimal(check.limit) if check.unit == "B" else number(check.limit)
+    return f"{'≤' if check.limit_kind == 'max' else '≥'} {shown}"
 
 
 def coverage_line(report: Report) -> str:
@@ -156,12 +196,16 @@ def verdict(report: Report) -> str:
     failed = [check for check in report.checks if not check.passed]
     limited = [check for check in report.checks if check.limit is not None]
     if failed:
-        proof = "FAILED " + ", ".join(f"{check.name} {number(check.value)}, limit {limit(check)}" for check in failed)
+        proof = "FAILED " + ", ".join(f"{check.name} {_short(check)}, limit {limit(check)}" for check in failed)
     elif limited:
         proof = f"all {len(limited)} limits met" if len(limited) > 1 else f"{limited[0].name} {limit(limited[0])} met"
     else:
         proof = "no limit was set" if report.checks else "nothing was checked"
-    return f"{_shipped(report)}: {proof}"
+    return proof if report.footprint else f"{_shipped(report)}: {proof}"
+
+
+def _short(check: Check) -> str:
+    return decimal(check.value) if check.unit == "B" else number(check.value)
 
 
 def _shipped(report: Report) -> str:

@@ -25,6 +25,7 @@ def render(report: Report) -> Group:
         _checks(report),
         _latency(report),
         _coverage(report),
+        *_footprint(report),
         *_notices(report),
         *(Text(f"given up  {line}", style="yellow") for line in rows.given_up(report)),
         Text(rows.verdict(report), style="bold green" if report.passed else "bold red"),
@@ -74,6 +75,19 @@ def _coverage(report: Report) -> Group | None:
         table.add_row(escape(island.node), escape(island.op), rows.number(island.macs), escape(island.reason))
     more = len(report.coverage.float_islands) - len(islands)
     return Group(line, table, *([Text(f"… and {more} more", style="dim")] if more else []))
+
+
+def _footprint(report: Report) -> list[Table | Text]:
+    parts: list[Table | Text] = []
+    for found in (rows.format_rows(report), rows.memory_rows(report), rows.cache_rows(report)):
+        if found:
+            first, *others = found[0]
+            table = _table(first, *others, right=tuple(name for name in others if name != "text form"))
+            for row in found:
+                table.add_row(*map(escape, row.values()))
+            parts.append(table)
+    formula = report.footprint.get("formula", "")
+    return [*parts, *([Text(formula, style="dim")] if formula else [])]
 
 
 def _notices(report: Report) -> list[Text]:
