@@ -21,10 +21,11 @@ from edgeq.analyse.cost import concrete_shapes
 from edgeq.analyse.coverage import read_back
 from edgeq.analyse.measure import measure
 from edgeq.analyse.observe import observe
+from edgeq.analyse.rounding import round_weights
 from edgeq.analyse.sensitivity import Probe, decibel, only, sensitivity
 from edgeq.analyse.stats import Stats
 from edgeq.analyse.store import Store
-from edgeq.analyse.weights import nearest, snr_db, storable
+from edgeq.analyse.weights import snr_db, storable
 from edgeq.errors import RecipeError
 from edgeq.ir import io, query, verify
 from edgeq.num.fit import METHODS
@@ -116,15 +117,18 @@ def weights(
     rounding: str = "nearest",
 ) -> ir.Model:
     """Weights of ``ops`` (MatMul, Gemm, Conv, Gather) in any number format; activations stay float."""
-    if rounding != "nearest":
-        raise RecipeError(f"weights(rounding={rounding}) is not known", hint="use nearest")
     quant = parse_quant(format)
-    with context.recorder.step("weights") as facts:
-        wanted = storable(model, quant, ops.split("+"), leave=context.keep_float)
-        coded = nearest(model, wanted)
+    wanted = storable(model, quant, ops.split("+"), leave=context.keep_float)
+    with context.recorder.step("weights", len(wanted)) as facts:
+        coded = round_weights(
+            model, wanted, context.calibration, rounding=rounding, threads=context.threads,
+            done=context.recorder.progress.advance,
+        )  # fmt: skip
         result = store_weights(model, coded)
         ways = Counter(ways_of(model, coded).values())
-        facts.update(format=str(quant), weights=len(coded), **{str(way): count for way, count in ways.items()})
+        facts.update(
+            format=str(quant), rounding=rounding, weights=len(coded), **{str(way): count for way, count in ways.items()}
+        )
         facts.update(bytes_before=io.weight_bytes(model), bytes_after=io.weight_bytes(result))
         if coded:
             facts["snr_db"] = round(snr_db(model, coded), 1)

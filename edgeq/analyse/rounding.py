@@ -19,11 +19,12 @@ from numpy.typing import NDArray
 
 from edgeq.analyse.slices import Slices
 from edgeq.analyse.smoothing import unpadded
+from edgeq.analyse.weights import nearest
 from edgeq.errors import RecipeError, SampleError, did_you_mean
 from edgeq.ir import edit, query
 from edgeq.num.clips import CLIPS
 from edgeq.num.formats import Int
-from edgeq.num.quant import CHANNEL, TENSOR, Coded, QParams, dequantize, quantize
+from edgeq.num.quant import CHANNEL, TENSOR, Coded, QParams, dequantize
 from edgeq.num.rounding import DATA_FREE, ROUNDERS, Inputs
 from edgeq.run.record import Array, Feed, Samples
 from edgeq.run.session import run_session
@@ -104,15 +105,15 @@ def round_weights(
     Raises RecipeError for an unknown name or a float format that only nearest rounding knows, SampleError without
     samples where they are needed."""
     if rounding not in ROUNDERS:
-        raise RecipeError(f"unknown rounding {rounding!r}", hint=did_you_mean(rounding, list(ROUNDERS)))
+        raise RecipeError(f"rounding={rounding} is not known", hint=did_you_mean(rounding, list(ROUNDERS)))
     if clip and clip not in CLIPS:
-        raise RecipeError(f"unknown clip {clip!r}", hint=did_you_mean(clip, list(CLIPS)))
+        raise RecipeError(f"clip={clip} is not known", hint=did_you_mean(clip, list(CLIPS)))
     nodes = {str(node.name): node for node in model.graph}
     layers = _layers(nodes, wanted)
     known = {edge for layer in layers for edge in layer.edges}
-    found = {edge: _nearest(nodes, edge, params) for edge, params in wanted.items() if edge not in known}
     if rounding == "nearest" and not clip:
-        return found | {edge: _nearest(nodes, edge, wanted[edge]) for edge in known}
+        return nearest(model, wanted)
+    found = nearest(model, {edge: params for edge, params in wanted.items() if edge not in known})
     floats = [layer for layer in layers if not isinstance(layer.params.quant.format, Int)]
     if floats:
         raise RecipeError(
@@ -148,10 +149,6 @@ def with_codes(model: ir.Model, coded: Mapping[Edge, Coded]) -> ir.Model:
         fresh = names.fresh(f"{value.name}_rounded")  # type: ignore[union-attr]
         nodes[name].replace_input_with(index, edit.add_initializer(clone.graph, fresh, real))
     return clone
-
-
-def _nearest(nodes: Mapping[str, ir.Node], edge: Edge, params: QParams) -> Coded:
-    return Coded(params, quantize(_weight(nodes, edge), params))
 
 
 def _weight(nodes: Mapping[str, ir.Node], edge: Edge) -> F32:
