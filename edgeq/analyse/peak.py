@@ -5,8 +5,9 @@ strings of protobuf; each copied into a tensor of its own while its string is fr
 layouts make anew, each in four copies of which one stays, while those they replace wait for the end; packed weights,
 each beside its original for a moment. Running is the arena: the first run allocates tensor by tensor and records a
 pattern, the second reserves one block for the whole pattern beside the regions the first one left. Holes in the heap
-are played too: in a convolutional net they are a quarter of all. What is counted is the resident memory added to a
-process that has imported the runtime, as ``run.timing.measure_memory`` measures it with one thread on Linux (glibc).
+are played too: in a convolutional net they are a quarter of all, and chance moves them: EfficientNet-Lite0 measures
+56 MB in one process and 64 in another. What is counted is the resident memory added to a process that has imported the
+runtime, as ``run.timing.measure_memory`` measures it with one thread on Linux (glibc).
 """
 
 from __future__ import annotations
@@ -37,13 +38,15 @@ READ_BUFFER = 4 << 20  # protobuf reads files in blocks of this
 STRING_SLACK = 4072  # bytes a string read from a file takes beyond its content
 PIN = 256  # what protobuf keeps of a tensor when its bytes are gone: name, dims
 SMALL = 128  # bytes below which a weight stays in its protobuf
-BODY_COPIES = 5  # of a constant in a nested body while it loads (Silero VAD: 2.2 MB of them, 11.7 MB alive)
+BODY_COPIES = 4  # of a constant in a nested body as it loads, read off the trace of Silero VAD
 PANEL = 16  # columns of a float matrix that MLAS packs together
 
-PACKS = ("MatMul", "FusedMatMul", "Gemm", "FusedGemm")  # kernels that keep a packed weight in place of input 1
-PACKS_WHOLE = ("LSTM", "GRU", "ConvTranspose", "MatMulNBits", "Attention", "QAttention")  # without padding
-PACKS_IN_ARENA = {"QLinearConv": 3, "QLinearMatMul": 3, "QGemm": 3, "MatMulIntegerToFloat": 1,
-                  "DynamicQuantizeMatMul": 1}  # fmt: skip
+FLOAT_MATRICES = ("MatMul", "FusedMatMul", "Gemm", "FusedGemm")
+PACKS = {  # kernels that keep a packed weight in place of an input -> that input
+    **dict.fromkeys(FLOAT_MATRICES, 1), **dict.fromkeys(("QLinearConv", "QLinearMatMul", "QGemm"), 3),
+    **dict.fromkeys(("MatMulIntegerToFloat", "DynamicQuantizeMatMul", "MatMulNBits"), 1),
+    **dict.fromkeys(("LSTM", "GRU", "ConvTranspose", "Attention", "QAttention"), 1),
+}  # fmt: skip
 REORDERED = "reorder"  # in the names of weights in blocked layouts
 
 Held = dict[int, list[Block]]  # bytes of a weight -> the blocks of weights of that size
@@ -122,20 +125,23 @@ def predict(model: ir.Model, file_bytes: int, optimised: ir.Model, ran: Sequence
 def _load(heap: CHeap, arena: Arena, file: Stored, optimised: ir.Model) -> None:
     """Play the loading."""
     buffer = heap.malloc(min(file.file_bytes, READ_BUFFER))
-    heap.malloc(file.nodes * NODE_BYTES)
-    strings = _strings(heap, file.constants)
+    heap.malloc(file.nodes * NODE_BYTES // 2)
+    in_nodes = _strings(heap, file.constants)
     for _ in range(BODY_COPIES):
         _strings(heap, file.nested)
-    copies = _strings(heap, file.constants)  # a Constant becomes an initializer, then its node goes
-    _free(heap, strings)
-    strings = copies + _strings(heap, file.initializers)
+    strings = _strings(heap, file.initializers)
     heap.release(buffer)
+    strings = _strings(heap, file.constants) + strings  # a Constant becomes an initializer, then its node goes
+    _free(heap, in_nodes)
     held: Held = defaultdict(list)
     for string, size in zip(strings, (*file.constants, *file.initializers), strict=True):
         if size >= SMALL:
             held[size].append(heap.malloc(size, aligned=True))
             heap.release(string)
-    _pack(heap, arena, _remade(heap, held, optimised), optimised)
+    kept = _remade(heap, held, optimised)
+    for _ in range(file.nodes):
+        heap.malloc(NODE_BYTES // 2)
+    _pack(heap, arena, kept, optimised)
 
 
 def _strings(heap: CHeap, sizes: Sequence[int]) -> list[Block]:
@@ -158,7 +164,7 @@ def _remade(heap: CHeap, held: Held, optimised: ir.Model) -> Held:
     the order of their nodes; those they replace are freed after all of them. Returns what stays."""
     kept: Held = defaultdict(list)
     made = []
-    used = (value for node in optimised.graph for value in node.inputs if query.is_constant(value))
+    used = (value for node in query.nodes(optimised) for value in node.inputs if query.is_constant(value))
     for value in dict.fromkeys(used):
         assert value is not None and value.const_value is not None
         size = value.const_value.nbytes
@@ -175,27 +181,27 @@ def _remade(heap: CHeap, held: Held, optimised: ir.Model) -> Held:
 
 
 def _pack(heap: CHeap, arena: Arena, held: Held, optimised: ir.Model) -> None:
-    """Play the kernels that pack their weight: the packed one is made, then the original freed."""
-    for node in optimised.graph:
-        in_arena = node.op_type in PACKS_IN_ARENA
-        slot = PACKS_IN_ARENA.get(node.op_type, 1)
-        if not in_arena and node.op_type not in (*PACKS, *PACKS_WHOLE):
-            continue
+    """Play the kernels that pack their weight: the packed one is made, then the original freed. Matrices come first;
+    integer ones are transposed in the arena before, and weights of integer convolutions are packed there."""
+    for node in sorted(query.nodes(optimised), key=lambda node: node.op_type == "QLinearConv"):
+        slot = PACKS.get(node.op_type, len(node.inputs))
         value = node.inputs[slot] if slot < len(node.inputs) else None
         if value is None or value.const_value is None or not held[value.const_value.nbytes]:
             continue
-        original = held[value.const_value.nbytes].pop(0)
-        if in_arena:
-            arena.allocate(value.const_value.nbytes)
+        size = value.const_value.nbytes
+        if node.op_type == "QLinearConv":
+            arena.allocate(size)
         else:
+            if slot != 1:
+                arena.release(arena.allocate(size))
             heap.malloc(_packed_bytes(node, value.const_value), aligned=True)
-        heap.release(original)
+        heap.release(held[size].pop(0))
 
 
 def _packed_bytes(node: ir.Node, weight: ir.TensorProtocol) -> int:
     """f32[…, in, out] -> bytes with the columns padded to whole panels."""
     shape = tuple(weight.shape.numpy())
-    if node.op_type not in PACKS or len(shape) < 2:
+    if node.op_type not in FLOAT_MATRICES or len(shape) < 2:
         return weight.nbytes
     columns = shape[0 if query.attribute(node, "transB", 0) else -1]
     return weight.nbytes // max(columns, 1) * (-(-columns // PANEL) * PANEL)
