@@ -13,11 +13,13 @@ import onnx_ir as ir
 from edgeq import recipe as recipes
 from edgeq import steps
 from edgeq.analyse.place import Costs, place
+from edgeq.context import Context
 from edgeq.errors import PackageError
 from edgeq.facts import environment, samples_facts, source_facts, target_facts, timing_facts
 from edgeq.given import Wanted, model_file, pins_of, preprocessing_of, random_samples, samples_spec, target_of
 from edgeq.ir import query
 from edgeq.packaging import read_directory, verify_package
+from edgeq.quantizer import Quantizer
 from edgeq.report.progress import Progress
 from edgeq.report.record import Check, Coverage, Island, Report
 from edgeq.report.recorder import Recorder
@@ -35,7 +37,7 @@ def inspect(model: str | Path | ir.Model, *, target: str = "local", inputs: Sequ
     """What ``model`` is made of and what ``target`` could run in integers, without data. Nothing is written."""
     chosen, recorder = target_of(target, None), Recorder()
     source, info = read_model(model, opset=chosen.opset, pins=pins_of(inputs))
-    context = steps.Context(chosen, Oracle(chosen), random_samples(source, 1, 0), recorder)
+    context = Context(chosen, Oracle(chosen), random_samples(source, 1, 0), recorder)
     prepared = steps.apply(recipes.parse("canonicalize; quantize", steps.KNOWN), source, context)
     quantizer = prepared.quantizer
     assert quantizer is not None
@@ -135,7 +137,7 @@ def bench(
     )  # fmt: skip
 
 
-def _forecast(quantizer: steps.Quantizer) -> Coverage:
+def _forecast(quantizer: Quantizer) -> Coverage:
     """What the target has integer kernels for, from the oracle alone: whether they pay is measured by export."""
     names = [atom.name for atom in quantizer.atoms]
     edges = {str(value.name) for atom in quantizer.atoms for value in (*atom.inputs, *atom.outputs)}

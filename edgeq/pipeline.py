@@ -17,11 +17,13 @@ from edgeq import steps
 from edgeq.analyse.layers import layers
 from edgeq.analyse.saturation import certify
 from edgeq.analyse.store import Store
+from edgeq.context import Context
 from edgeq.facts import environment, samples_facts, source_facts, target_facts, timing_facts
 from edgeq.given import Wanted, check_form, pins_of, preprocessing_of, samples_spec, target_of
 from edgeq.ir import io, query
 from edgeq.lower.emit import describe, emit
 from edgeq.packaging import PACKAGES, Golden, Package, check_free, check_writable
+from edgeq.quantizer import Quantizer
 from edgeq.report.progress import Progress
 from edgeq.report.record import Check, Coverage, Island, Report
 from edgeq.report.recorder import Recorder
@@ -85,7 +87,7 @@ def export(
     source, info, calibrate, held_out = _read(
         model, chosen_target, calibration, evaluation, synthetic, preprocessing, inputs, limit, seed, recorder
     )
-    context = steps.Context(
+    context = Context(
         chosen_target, Oracle(chosen_target), calibrate, recorder, Store(), max(chosen_target.threads), seed
     )
     with ExitStack() as stack:
@@ -171,7 +173,7 @@ def _fixed_shapes(samples: Samples) -> dict[str, tuple[int, ...]]:
 
 
 def _floats(
-    source: ir.Model, prepared: steps.Prepared, reference: Path, judge: Judge, context: steps.Context, folder: Path
+    source: ir.Model, prepared: steps.Prepared, reference: Path, judge: Judge, context: Context, folder: Path
 ) -> list[Draft]:
     """The float files that could ship: as read, and as prepared when that kept the results."""
     drafts = [Draft("float as given", reference, source)]
@@ -190,7 +192,7 @@ def _floats(
 
 
 def _validate(
-    settled: Settled, floats: Sequence[Draft], judge: Judge, held_out: Samples, wanted: Wanted, context: steps.Context
+    settled: Settled, floats: Sequence[Draft], judge: Judge, held_out: Samples, wanted: Wanted, context: Context
 ) -> Validation:
     """The choice measured once more, longer and beside every float file: what ships is what this says."""
     target, chosen, limits = context.target, settled.chosen, wanted.limits()
@@ -259,7 +261,7 @@ def _dump(folder: Path, source: ir.Model, prepared: steps.Prepared, settled: Set
 
 def _report(
     settled: Settled, validation: Validation, info: SourceInfo, plan: recipes.Recipe, prepared: steps.Prepared,
-    calibrate: Samples, held_out: Samples, context: steps.Context,
+    calibrate: Samples, held_out: Samples, context: Context,
 ) -> Report:  # fmt: skip
     chosen, recorder = settled.chosen, context.recorder
     saturation = certify(chosen.model) if "avx2" in context.target.isa else None
@@ -288,7 +290,7 @@ def _report(
     )
 
 
-def _float_coverage(draft: Draft, quantizer: steps.Quantizer | None) -> Coverage:
+def _float_coverage(draft: Draft, quantizer: Quantizer | None) -> Coverage:
     """Coverage of a shipped float model: every multiply-accumulate is float because the model ships as float."""
     count = draft.model.graph.num_nodes()
     islands = () if quantizer is None else tuple(

@@ -12,13 +12,14 @@ from numpy.typing import NDArray
 
 from edgeq.analyse.coverage import read_back
 from edgeq.analyse.encode import Ranges, encode, observed, unholdable
+from edgeq.context import Context
 from edgeq.errors import ModelError
 from edgeq.num.fit import fit_range
 from edgeq.num.quant import dequantize, quantize
+from edgeq.quantizer import Quantizer
 from edgeq.report.recorder import Recorder
 from edgeq.rewrite.qdq import insert_qdq
 from edgeq.source import read_model
-from edgeq.steps import Context, Quantizer
 from edgeq.target.load import load_target
 from tests.graphs import graph, normal, number
 from tests.placed import MINMAX, VNNI, Placed, all_integer, oracle_of, placed, run, samples_of

@@ -31,6 +31,8 @@ LAYERS = {
     "validator": 8,
     "packaging": 8,
     "recipe": 9,
+    "context": 9,
+    "quantizer": 9.3,
     "steps": 9.5,
     "facts": 9,
     "given": 9,

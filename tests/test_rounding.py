@@ -12,6 +12,7 @@ from edgeq import steps
 from edgeq.analyse import rounding
 from edgeq.analyse.rounding import round_weights, with_codes
 from edgeq.analyse.weights import nearest, storable
+from edgeq.context import Context
 from edgeq.errors import RecipeError, SampleError
 from edgeq.ir import io, verify
 from edgeq.num.quant import Coded, QParams, parse_quant
@@ -19,7 +20,6 @@ from edgeq.num.rounding import Inputs, output_error
 from edgeq.report.recorder import Recorder
 from edgeq.rewrite.weights import store_weights
 from edgeq.source import read_model
-from edgeq.steps import Context
 from edgeq.target.load import load_target
 from tests.graphs import graph, normal, random_feed
 from tests.placed import VNNI, oracle_of, run, samples_of

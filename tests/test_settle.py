@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 
 from edgeq import steps
+from edgeq.context import Context
 from edgeq.ir import io, query
 from edgeq.lower.emit import emit
+from edgeq.quantizer import Quantizer
 from edgeq.report.record import Check
 from edgeq.report.recorder import Recorder
 from edgeq.search import settle as settling
 from edgeq.search.settle import Draft, Settled, settle
 from edgeq.source import read_model
-from edgeq.steps import Context
 from edgeq.target.load import load_target
 from tests.graphs import graph, normal, random_feed
 from tests.placed import VNNI, oracle_of, samples_of
@@ -37,7 +38,7 @@ def settled(
     """A model settled under a judge that passes a file by the names of its float Convs; and what the judge saw."""
     monkeypatch.setattr(settling, "DECIDE_SECONDS", 0.5)
     # A profile would let the load of the machine decide what is planned; default costs are the same everywhere.
-    monkeypatch.setattr(steps.Quantizer, "learn_costs", lambda *_: None)
+    monkeypatch.setattr(Quantizer, "learn_costs", lambda *_: None)
     model, _ = read_model(graph(text, WEIGHTS), opset=21)
     feeds = [random_feed(model) for _ in range(4)]
     target = steps.replace(load_target(VNNI), threads=(1,))

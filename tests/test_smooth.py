@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from edgeq import steps
 from edgeq.analyse.smoothing import LEAST_GAIN_DB, Smoothing, groups, search
+from edgeq.context import Context
 from edgeq.ir import io, verify
 from edgeq.report.recorder import Recorder
 from edgeq.rewrite.smooth import smooth
 from edgeq.source import read_model
-from edgeq.steps import Context
 from edgeq.target.load import load_target
 from tests.graphs import graph, normal, ops, random_feed
 from tests.placed import VNNI, all_integer, oracle_of, placed, run, samples_of

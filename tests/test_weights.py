@@ -12,6 +12,7 @@ import pytest
 
 from edgeq import pipeline, steps
 from edgeq.analyse.weights import nearest, snr_db, storable
+from edgeq.context import Context
 from edgeq.errors import ModelError, RecipeError
 from edgeq.ir import io, query, verify
 from edgeq.num.fit import fit_weight
@@ -22,7 +23,6 @@ from edgeq.rewrite.weights import store_weights, ways_of
 from edgeq.run.session import open_session, run_session
 from edgeq.search import settle
 from edgeq.source import read_model
-from edgeq.steps import Context
 from edgeq.target.load import load_target
 from tests import small_net
 from tests.graphs import graph, normal, ops

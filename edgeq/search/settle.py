@@ -19,14 +19,15 @@ import onnx_ir as ir
 
 from edgeq.analyse.place import Plan
 from edgeq.analyse.sensitivity import decibel
+from edgeq.context import Context
 from edgeq.ir import io
 from edgeq.ir.ops import OPS
 from edgeq.lower.emit import emit
 from edgeq.lower.legalize import legalize
+from edgeq.quantizer import Quantizer
 from edgeq.report.record import Check, Coverage
 from edgeq.run.record import Feed, Timing
 from edgeq.run.timing import Ratio, TimedConfig, compare, ratio
-from edgeq.steps import Context, Quantizer
 
 RELIEF_DB = (1, 2, 3, 4, 5, 6, 8, 10, 15)  # predicted noise taken off the outputs by each further repair
 REFINED = 12  # atoms whose ranges are tried one by one before any is given up

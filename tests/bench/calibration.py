@@ -43,6 +43,7 @@ class Cost:
 
 def _ours(count: int, out: Path) -> Callable[[], None]:
     from edgeq import recipe, steps
+    from edgeq.context import Context
     from edgeq.lower.emit import emit
     from edgeq.lower.legalize import legalize
     from edgeq.report.recorder import Recorder
@@ -57,7 +58,7 @@ def _ours(count: int, out: Path) -> Callable[[], None]:
         target = load_target("local")
         model, _ = read_model(float_file, opset=target.opset)
         samples = load_samples(ZOO[MODEL].calibration, model, limit=count)
-        context = steps.Context(target, Oracle(target), samples, Recorder())
+        context = Context(target, Oracle(target), samples, Recorder())
         wanted = recipe.parse(recipe.DEFAULT, steps.KNOWN)
         quantizer = steps.apply(wanted, model, context).quantizer
         assert quantizer is not None, "the default recipe quantizes"

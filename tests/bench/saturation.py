@@ -22,12 +22,14 @@ from numpy.typing import NDArray
 
 from edgeq.analyse.place import Plan
 from edgeq.analyse.saturation import certify
+from edgeq.context import Context
 from edgeq.ir import io
 from edgeq.num.quant import QParams
+from edgeq.quantizer import Quantizer
 from edgeq.report.recorder import Recorder
 from edgeq.run.samples import load_samples
 from edgeq.source import read_model
-from edgeq.steps import Context, Quantizer, canonicalize
+from edgeq.steps import canonicalize
 from edgeq.target.load import load_target
 from edgeq.target.oracle import Oracle
 from tests.emulated import QEMU, outputs

@@ -1,0 +1,147 @@
+"""A float model ready to be quantized by any plan (L9).
+
+Which nodes end up integer is settled by measurement, so a plan must be cheap to build again: statistics are taken
+once, and what was learnt of ranges, costs and fusions serves every later plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+import onnx_ir as ir
+
+from edgeq.analyse import encode as encoding
+from edgeq.analyse import place as placement
+from edgeq.analyse.cost import concrete_shapes
+from edgeq.analyse.coverage import read_back
+from edgeq.analyse.measure import measure
+from edgeq.analyse.sensitivity import Probe, decibel, only, sensitivity
+from edgeq.analyse.stats import Stats
+from edgeq.context import Context
+from edgeq.ir import query, verify
+from edgeq.report.record import Coverage
+from edgeq.rewrite.qdq import insert_qdq
+from edgeq.run.samples import take
+
+SENSITIVITY_SAMPLES = 8
+RANGE_SAMPLES = 16
+LEAST_REDUCTION = 0.9  # noise a tensor's own range method must cut to, against the model's choice
+RANGES = (encoding.Ranges("mse"), encoding.Ranges("percentile"), encoding.Ranges("minmax"))
+PROFILE_SAMPLES = 4
+FUSION_ROUNDS = 4
+
+
+class Quantizer:
+    """A float model ready to be quantized by any plan. Statistics are taken once, for every tensor a plan may want."""
+
+    def __init__(self, model: ir.Model, context: Context, ranges: str) -> None:
+        self.model, self.context = model, context
+        self.ranges: encoding.Ranges | None = None if ranges == "auto" else encoding.Ranges(ranges, ranges)
+        first = context.calibration.read(0)
+        self.shapes = concrete_shapes(model, first)
+        with context.recorder.step("oracle") as facts:
+            self.atoms = placement.find_atoms(model, context.target, context.oracle)
+            facts.update(atoms=len(self.atoms), probes=context.oracle.sessions)
+        self.costs = placement.default_costs(self.atoms, self.shapes)
+        self.keep_float = dict(context.keep_float)
+        self.stats: dict[str, Stats] = {}
+
+    def work(self, atom: placement.Atom) -> int:
+        """Multiply-accumulates of an atom on the first sample's shapes."""
+        return query.macs(atom.head, self.shapes.get(str(atom.head.outputs[0].name)))
+
+    def plan(self, extra: Mapping[str, str] | None = None) -> placement.Plan:
+        """The best plan at the costs known now, with ``keep_float`` and ``extra`` left float."""
+        return placement.place(
+            self.atoms, self.context.target, self.costs, keep_float={**self.keep_float, **(extra or {})}
+        )
+
+    def build(self, plan: placement.Plan) -> ir.Model:
+        """The QDQ model of a plan."""
+        self._observe(plan)
+        if self.ranges is None:
+            self.ranges = self._best_ranges(plan)
+        return self._built(plan, self.ranges)
+
+    def _built(self, plan: placement.Plan, ranges: encoding.Ranges) -> ir.Model:
+        encodings = encoding.encode(plan, self.stats, self.context.target, ranges=ranges)
+        return insert_qdq(self.model, plan, encodings)
+
+    def _best_ranges(self, plan: placement.Plan) -> encoding.Ranges:
+        """Of the choices in ``RANGES`` the one whose model puts the least noise on the outputs."""
+        with self.context.recorder.step("ranges") as facts:
+            probe = Probe(self.model, take(self.context.calibration, RANGE_SAMPLES), self.context.target)
+            noise = [probe.noise(self._built(plan, ranges)) for ranges in RANGES]
+            best = RANGES[noise.index(min(noise))]
+            facts["snr_db"] = {ranges.base: decibel(value) for ranges, value in zip(RANGES, noise, strict=True)}
+            facts["chosen"] = best.base
+        return best
+
+    def refine_ranges(self, plan: placement.Plan, names: Iterable[str]) -> int:
+        """Try every range method on the tensors of the atoms ``names`` alone; keep what hurts the outputs least.
+        Returns how many tensors changed."""
+        atoms = [atom for atom in plan.atoms if atom.name in set(names)]
+        changed = 0
+        with self.context.recorder.step("refine ranges", len(atoms)) as facts:
+            probe = Probe(self.model, take(self.context.calibration, SENSITIVITY_SAMPLES), self.context.target)
+            for atom in atoms:
+                alone = only(plan, {atom.name})
+                for tensor in sorted(encoding.roots(atom, plan)):
+                    changed += self._refine(alone, tensor, probe)
+                self.context.recorder.progress.advance()
+            facts["tensors_changed"] = changed
+        return changed
+
+    def _refine(self, alone: placement.Plan, tensor: str, probe: Probe) -> bool:
+        ranges = self.ranges or RANGES[0]
+        tried = {m: replace(ranges, exact={**ranges.exact, tensor: m}) for m in dict.fromkeys(r.base for r in RANGES)}
+        noise = {method: probe.noise(self._built(alone, choice)) for method, choice in tried.items()}
+        before = probe.noise(self._built(alone, ranges))
+        best = min(noise, key=noise.__getitem__)
+        if noise[best] > LEAST_REDUCTION * before:
+            return False
+        self.ranges = tried[best]
+        return True
+
+    def _observe(self, plan: placement.Plan) -> None:
+        missing = [name for name in encoding.observed(plan) if name not in self.stats]
+        if missing:
+            self.stats.update(self.context.observe(self.model, missing))
+
+    def _holdable(self, extra: Mapping[str, str] | None) -> placement.Plan:
+        """The best plan of tensors that integers can hold, by what calibration saw of them."""
+        while True:
+            plan = self.plan(extra)
+            self._observe(plan)
+            wrong = encoding.unholdable(plan, self.stats)
+            if not wrong:
+                return plan
+            self.keep_float.update(wrong)
+
+    def fused(self, extra: Mapping[str, str] | None = None) -> tuple[placement.Plan, ir.Model, Coverage]:
+        """Plan, build and read back; what the runtime did not fuse is left float, until all that is planned runs."""
+        for _ in range(FUSION_ROUNDS):
+            plan = self._holdable(extra)
+            model = self.build(plan)
+            seen, wrong = read_back(model, plan, self.shapes, self.context.target)
+            if not wrong:
+                break
+            self.keep_float.update(wrong)
+        verify.verify(model, "inserting Q/DQ")
+        return plan, model, seen
+
+    def learn_costs(self, plan: placement.Plan, integer_model: ir.Model) -> None:
+        """Replace the default costs by profiles of this machine."""
+        feeds = list(take(self.context.calibration, PROFILE_SAMPLES))
+        with self.context.recorder.step("profile"):
+            self.costs = measure(self.model, integer_model, plan, feeds, self.shapes, self.context.target)
+
+    def sensitivity(self, plan: placement.Plan) -> dict[str, float]:
+        """Noise-to-signal of the outputs by atom of ``plan``."""
+        atoms = [atom for atom in plan.atoms if atom.name in plan.integer and atom.verdict.kind == "integer"]
+        feeds = take(self.context.calibration, SENSITIVITY_SAMPLES)
+        with self.context.recorder.step("sensitivity", len(atoms)) as facts:
+            facts["atoms"] = len(atoms)
+            probe = Probe(self.model, feeds, self.context.target, self.context.threads)
+            return sensitivity(probe, plan, self.build, self.context.recorder.progress.advance)
