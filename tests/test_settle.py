@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,7 @@ def settled(
     monkeypatch.setattr(Quantizer, "learn_costs", lambda *_: None)
     model, _ = read_model(graph(text, WEIGHTS), opset=21)
     feeds = [random_feed(model) for _ in range(4)]
-    target = steps.replace(load_target(VNNI), threads=(1,))
+    target = replace(load_target(VNNI), threads=(1,))
     context = Context(target, oracle_of(VNNI), samples_of(feeds), Recorder(), threads=1)
     seen: list[set[str]] = []
 
