@@ -200,7 +200,7 @@ def _rows(model: ir.Model, size: int) -> list[Row]:
         for value in graph.initializers.values()
         if value.const_value is not None
     }
-    kept = size - sum(tensors[name].nbytes for name in counted)
+    kept = size - sum(weight.stored for weight in weights)
     floats = sum(t.nbytes for name, t in tensors.items() if name not in counted and t.dtype == ir.DataType.FLOAT)
     return [
         replace(row, compressed=bytes_of.compressed_share(weights, parse_quant(bytes_of.FORMATS[row.name])))

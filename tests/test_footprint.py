@@ -205,6 +205,18 @@ def test_a_model_fits_or_does_not(net: Path, capsys: pytest.CaptureFixture[str])
     assert "fits: needs" in capsys.readouterr().out
 
 
+def test_weights_a_file_holds_as_codes_count_by_their_elements() -> None:
+    text = """(float[1, 8] x) => (float[1, 4] y) {
+        w = DequantizeLinear <axis = 1> (codes, scale)
+        y = MatMul (x, w)
+    }"""
+    model = graph(text, {"codes": np.ones((8, 4), np.int8), "scale": np.ones(4, np.float32)})
+    (weight,) = bytes_of.weights_of(model)
+    assert (weight.rows, weight.columns, weight.stored) == (4, 8, 8 * 4 + 4 * 4)
+    assert bytes_of.compressed_share([weight], parse_quant("f16")) is None
+    assert _row(table([weight], kept_bytes=100), "FP32").bytes == 4 * 8 * 4 + 100
+
+
 def test_what_does_not_fit_is_said_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["footprint", "--params", "10B", "--memory", "8GB"]
     assert main(words) == 0  # in the smallest format

@@ -55,10 +55,12 @@ LLAMA_LIKE = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "phi3", "smollm3"
 
 @dataclass(frozen=True)
 class Weight:
-    """``rows`` output channels of ``columns`` elements each; blocks lie along a row. ``value`` where it is at hand."""
+    """``rows`` output channels of ``columns`` elements each; blocks lie along a row. ``stored``: its bytes in the file,
+    0 without one; ``value``: its float data where it is at hand."""
 
     rows: int
     columns: int
+    stored: int = 0
     value: ir.Value | None = None
     node: ir.Node | None = None
 
@@ -103,18 +105,24 @@ def _number(text: str, suffixes: Mapping[str, int], what: str, hint: str) -> int
 
 
 def weights_of(model: ir.Model) -> list[Weight]:
-    """The float weights that count, each once, Constant nodes and bodies included."""
+    """The float weights that count, each once, bodies included; those a file holds as codes before a DequantizeLinear
+    too."""
     found: dict[str, Weight] = {}
     for node in query.nodes(model):
         slot = 0 if node.op_type == "Gather" else 1
         value = node.inputs[slot] if node.op_type in WEIGHTED and len(node.inputs) > slot else None
-        if value is None or not query.is_constant(value) or not query.is_float(value):
+        producer = None if value is None else value.producer()
+        coded = producer is not None and producer.op_type == "DequantizeLinear"
+        parts = producer.inputs if coded and producer is not None else [value]
+        tensors = [part.const_value for part in parts if part is not None and query.is_constant(part)]
+        if value is None or len(tensors) < len([part for part in parts if part is not None]) or not tensors:
             continue
-        shape = query.dims(value) or ()
-        count = math.prod(int(dim or 0) for dim in shape)
-        if len(shape) > 1 and count:
-            rows = count // _columns(node, tuple(int(dim or 0) for dim in shape))
-            found[str(value.name)] = Weight(rows, count // rows, value, node)
+        shape = tuple(int(dim) for dim in query.dims(parts[0]) or () if dim is not None)
+        count = math.prod(shape)
+        if len(shape) > 1 and count and (coded or query.is_float(value)):
+            rows = count // _columns(node, shape)
+            stored = sum(tensor.nbytes for tensor in tensors if tensor is not None)
+            found[str(value.name)] = Weight(rows, count // rows, stored, None if coded else value, node)
     return list(found.values())
 
 
@@ -252,13 +260,12 @@ def read_chunks(files: Iterable[Path]) -> Iterator[bytes]:
 
 
 def compressed_share(weights: Sequence[Weight], quant: Quant) -> float | None:
-    """Compressed over plain bytes of weights stored in a format; measured on SAMPLED rows of every weight, in turn."""
+    """Compressed over plain bytes of weights stored in a format, on about SAMPLED elements in rows of all of them; None
+    where some aren't at hand in float."""
     total = sum(weight.rows * weight.columns for weight in weights)
-    chunks = [
-        stored_bytes(_rows(weight, min(SAMPLED / total, 1.0)), quant)
-        for weight in weights
-        if weight.value is not None and weight.node is not None
-    ]
+    if any(weight.value is None for weight in weights):
+        return None
+    chunks = [stored_bytes(_rows(weight, min(SAMPLED / total, 1.0)), quant) for weight in weights]
     plain = sum(map(len, chunks))
     return compressed_bytes(chunks) / plain if plain else None
 
