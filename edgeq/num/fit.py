@@ -24,7 +24,7 @@ from edgeq.num.scales import fit_scales
 
 F64 = NDArray[np.float64]
 
-_SHARES = np.linspace(1.0, 0.3, 71)  # shares of a row's largest weight tried for small formats
+SHARES = np.linspace(1.0, 0.3, 71)  # shares of a row's largest weight tried for small formats
 _CHUNK = 1 << 16  # weights a pass: what the search makes of them stays in the cache
 
 METHODS: dict[str, Callable[..., Range]] = {
@@ -82,7 +82,7 @@ def fit_weight(w: NDArray[np.floating], quant: Quant, axis: int | None, *, min_s
     over all codes and, where symmetric, both signs of the scale (a negative one gives the extra code to the positive
     side: 2 to 3 dB for 4 bits). Floats, and what has scales of 8 bits, are left to ``fit_scales``. A row of zeros gets
     the median scale of the others, so that its bias is quantized as finely as theirs."""
-    rows = _rows(w.astype(np.float32, copy=False), quant, axis)
+    rows = scale_rows(w.astype(np.float32, copy=False), quant, axis)
     lo, hi = np.minimum(rows.min(1), 0.0).astype(np.float64), np.maximum(rows.max(1), 0.0).astype(np.float64)
     codes, tensor_scale = None, 1.0
     scale, zero = mapping(lo, hi, quant)
@@ -156,7 +156,7 @@ def fit_bias(
     return codes.astype(np.int32), scale, params_w
 
 
-def _rows(w: NDArray[np.float32], quant: Quant, axis: int | None) -> NDArray[np.float32]:
+def scale_rows(w: NDArray[np.float32], quant: Quant, axis: int | None) -> NDArray[np.float32]:
     """The elements that share a scale, one row each: f32[scales, elements]; a short last block is filled with 0."""
     if quant.block == TENSOR:
         return w.reshape(1, -1)
@@ -187,7 +187,7 @@ def _search_rows(rows: NDArray[np.float32], lo: F64, hi: F64, quant: Quant, code
     for start in range(0, len(rows), chunk):
         part = slice(start, start + chunk)
         least = np.full(len(rows[part]), np.inf)
-        for sign, share in itertools.product((1, -1) if quant.symmetric else (1,), _SHARES):
+        for sign, share in itertools.product((1, -1) if quant.symmetric else (1,), SHARES):
             scale, zero = mapping(lo[part] * share, hi[part] * share, quant)
             errors = _row_errors(rows[part], sign * scale, zero, codes)
             better = errors < least
