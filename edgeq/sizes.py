@@ -105,15 +105,14 @@ def _decoder(layers: int | None, kv_heads: int | None, head_dim: int | None) -> 
 
 
 def _format(name: str) -> str:
-    """The name in FORMATS of what the user calls it: that name or a text form."""
-    names = {known.lower(): known for known in bytes_of.FORMATS}
-    forms = {str(parse_quant(text)): known for known, text in bytes_of.FORMATS.items()} | {
-        text: known for known, text in bytes_of.FORMATS.items()
-    }
-    found = names.get(name.lower()) or forms.get(name)
-    if found is None:
-        raise UsageError(f"unknown format {name!r}", hint=did_you_mean(name, [*bytes_of.FORMATS, *forms]))
-    return found
+    """The name in FORMATS of what the user calls it: that name, its first word (the first such) or a text form."""
+    known: dict[str, str] = {}
+    for full, text in bytes_of.FORMATS.items():
+        for word in (full, full.partition(",")[0], text, str(parse_quant(text))):
+            known.setdefault(word.lower(), full)
+    if name.lower() not in known:
+        raise UsageError(f"unknown format {name!r}", hint=did_you_mean(name.lower(), list(known)))
+    return known[name.lower()]
 
 
 def _of_count(count: int, origin: str, where: str, asked: _Asked) -> Report:

@@ -158,7 +158,7 @@ def test_other_configs_are_refused(tmp_path: Path) -> None:
         ({"params": "10Q"}, UsageError, "can't read '10Q' as a number of parameters\n  try: write 10B, 350M"),
         ({"params": "0"}, UsageError, "can't read '0'"),
         ({"params": "1B", "memory": "4 apples"}, UsageError, "'4 apples' as an amount of memory\n  try: write 4GB"),
-        ({"params": "1B", "weights": "INT5"}, UsageError, "unknown format 'INT5'\n  try: did you mean 'INT8'"),
+        ({"params": "1B", "weights": "INT5"}, UsageError, "unknown format 'INT5'\n  try: did you mean 'int"),
         ({"params": "1B", "layers": 4}, UsageError, "needs --kv-heads, --head-dim too"),
         ({}, UsageError, "expected either a model or a number"),
         ({"model": "a.onnx", "params": "1B"}, UsageError, "expected either a model or a number"),
@@ -228,6 +228,15 @@ def test_what_does_not_fit_is_said_in_a_line(capsys: pytest.CaptureFixture[str])
     cache = ["--layers", "32", "--kv-heads", "32", "--head-dim", "128", "--context", "2048", "--context", "16384"]
     assert main([*words, *cache]) == 1
     assert "with 8.59 GB of KV cache at 16,384 positions" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [("INT4", 4.625), ("int2", 2.5625), ("INT4, block 128", 4.15625), ("NVFP4", 4.5), ("i4/block32/f16", 4.5)],
+)
+def test_formats_go_by_several_names(word: str, expected: float) -> None:
+    report = edgeq.footprint(params="8M", weights=word)
+    assert report.check("weights_bytes").value == pytest.approx(expected * 1e6, rel=1e-4)
 
 
 def test_the_targets_memory_is_the_limit(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 Played as ONNX Runtime 1.32's allocation planner shares buffers (``core/framework/allocation_planner.cc``): an alias or
 an operation in place takes over its input's, else one that a tensor of the same shape has left is taken, else there is
 a new one. Where a shape isn't known before the run, as behind a dynamic axis that a stride halves, only aliases share.
-By the runtime's profiler the planner's pattern is exact for six of eight zoo models, within 0.3 % and 6 % for two.
+By the runtime's profiler the planner's pattern is exact for five of eight zoo models and up to 6 % larger for three.
 """
 
 from __future__ import annotations
