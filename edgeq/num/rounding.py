@@ -29,9 +29,9 @@ LAZY = 128  # columns whose errors are spread over the rest of the matrix at onc
 
 ITERATIONS = 400
 WARM = 0.2  # share of the iterations without regularizer
-RATE = 0.05  # Adam's
-WEIGHT = 10.0  # of the regularizer, where nearest's error is 1 an element: 10 leaves .42 to .69 of it, .1 .65 to .9
-BETAS = (20.0, 2.0)  # from flat to steep: few are pushed to 0 or 1 at first, all at last
+RATE = 0.1  # Adam's
+WEIGHT = 30.0  # of the regularizer, where nearest's error is 1 an element; with .1, weights end undecided between codes
+BETAS = (8.0, 2.0)  # from flat to steep: few are pushed to 0 or 1 at first, all at last
 ZETA, GAMMA = 1.1, -0.1  # the rectified sigmoid reaches 0 and 1
 HARD = float(np.log((1 - GAMMA) / (ZETA - 1)))  # |V| from which h is 0 or 1
 PLATEAU = 1e-3  # a relative fall of the error over CHECK iterations below which the warm start has done its work

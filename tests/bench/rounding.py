@@ -25,7 +25,7 @@ from tests.zoo.score import metric_value, run
 
 NAMES = ("EFL0", "MINI6")
 FORMATS = ("i4/channel",)
-CALIBRATION = 64  # samples; one in five of them judges
+CALIBRATION = 128  # samples; one in five of them judges
 OPSET = 21  # the first with codes of 4 bits
 NEAREST, FLOAT = "nearest", "float"
 ROUNDINGS = (NEAREST, "hqq", "gptq", "adaround")
