@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 from hypothesis import given
@@ -335,4 +336,12 @@ def test_in_place_and_alias_take_no_memory() -> None:
 def test_predicted_peak_is_measured(name: str) -> None:
     """Within 15 %; figures in docs/results.md."""
     found = compared(name, float_model(name), feed_of(name))
+    assert found.ratio == pytest.approx(1.0, abs=0.15)
+
+
+@pytest.mark.zoo
+def test_weights_beside_the_file_are_mapped(tmp_path: Path) -> None:
+    proto = onnx.load(float_model("MBV2"))
+    onnx.save(proto, tmp_path / "m.onnx", save_as_external_data=True, location="m.data")
+    found = compared("external", tmp_path / "m.onnx", feed_of("MBV2"))
     assert found.ratio == pytest.approx(1.0, abs=0.15)

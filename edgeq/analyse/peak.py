@@ -56,7 +56,8 @@ Held = dict[int, list[Block]]  # bytes of a weight -> the blocks of weights of t
 class Stored:
     """Weights as a file stores them, bytes a tensor: initializers, Constant nodes, constants of nested bodies.
 
-    ``external``: bytes in files beside it, which are mapped instead of read. ``nodes`` are those but Constants.
+    ``external``: names of those in files beside it, which are mapped until they are made anew or packed. ``nodes`` are
+    those but Constants.
     """
 
     file_bytes: int
@@ -64,7 +65,7 @@ class Stored:
     initializers: tuple[int, ...]
     constants: tuple[int, ...] = ()
     nested: tuple[int, ...] = ()
-    external: int = 0
+    external: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def stored(model: ir.Model, file_bytes: int) -> Stored:
         initializers=tuple(tensor.nbytes for tensor in own if not isinstance(tensor, ir.ExternalTensor)),
         constants=tuple(_constants(model.graph)),
         nested=tuple(size for graph in inner for size in (*_constants(graph), *_initializers(graph))),
-        external=sum(tensor.nbytes for tensor in own if isinstance(tensor, ir.ExternalTensor)),
+        external=frozenset(str(tensor.name) for tensor in own if isinstance(tensor, ir.ExternalTensor)),
     )
 
 
@@ -113,8 +114,8 @@ def predict(model: ir.Model, file_bytes: int, optimised: ir.Model, ran: Sequence
     heap = CHeap()
     arena = Arena(heap)
     heap.malloc(SESSION_BYTES)
-    _load(heap, arena, file, optimised)
-    always, loading = LIBRARY_BYTES + file.external, heap.peak
+    always = LIBRARY_BYTES + _load(heap, arena, file, optimised)
+    loading = heap.peak
     needed = buffers(model, optimised.graph, ran)
     pattern = pattern_bytes(needed)
     play_run(arena, needed)
@@ -122,8 +123,8 @@ def predict(model: ir.Model, file_bytes: int, optimised: ir.Model, ran: Sequence
     return Peak(heap.peak + always, loading + always, live_bytes(needed), pattern, arena.held)
 
 
-def _load(heap: CHeap, arena: Arena, file: Stored, optimised: ir.Model) -> None:
-    """Play the loading."""
+def _load(heap: CHeap, arena: Arena, file: Stored, optimised: ir.Model) -> int:
+    """Play the loading; returns the bytes of external weights that stay mapped and are read whole when they run."""
     buffer = heap.malloc(min(file.file_bytes, READ_BUFFER))
     heap.malloc(file.nodes * NODE_BYTES // 2)
     in_nodes = _strings(heap, file.constants)
@@ -138,10 +139,18 @@ def _load(heap: CHeap, arena: Arena, file: Stored, optimised: ir.Model) -> None:
         if size >= SMALL:
             held[size].append(heap.malloc(size, aligned=True))
             heap.release(string)
-    kept = _remade(heap, held, optimised)
+    kept = _remade(heap, held, optimised, file.external)
     for _ in range(file.nodes):
         heap.malloc(NODE_BYTES // 2)
-    _pack(heap, arena, kept, optimised)
+    _pack(heap, arena, kept, optimised, file.external)
+    whole = {
+        value: value.const_value.nbytes
+        for node in query.nodes(optimised)
+        for slot, value in enumerate(node.inputs)
+        if value is not None and value.const_value is not None and value.name in file.external
+        if node.op_type != "Gather" and PACKS.get(node.op_type) != slot
+    }
+    return sum(whole.values())
 
 
 def _strings(heap: CHeap, sizes: Sequence[int]) -> list[Block]:
@@ -159,7 +168,7 @@ def _free(heap: CHeap, blocks: Sequence[Block]) -> None:
         heap.release(block)
 
 
-def _remade(heap: CHeap, held: Held, optimised: ir.Model) -> Held:
+def _remade(heap: CHeap, held: Held, optimised: ir.Model, external: frozenset[str]) -> Held:
     """Play the transformers: weights of the optimised graph that no stored one of the same size stands for are made, in
     the order of their nodes; those they replace are freed after all of them. Returns what stays."""
     kept: Held = defaultdict(list)
@@ -170,7 +179,7 @@ def _remade(heap: CHeap, held: Held, optimised: ir.Model) -> Held:
         size = value.const_value.nbytes
         if held[size] and REORDERED not in str(value.name):
             kept[size].append(held[size].pop(0))
-        elif size >= SMALL:
+        elif size >= SMALL and value.name not in external:
             made.append(size)
     for size in made:
         array, first, second = heap.malloc(size, aligned=True), heap.malloc(size), _pinned(heap, size)
@@ -180,22 +189,25 @@ def _remade(heap: CHeap, held: Held, optimised: ir.Model) -> Held:
     return kept
 
 
-def _pack(heap: CHeap, arena: Arena, held: Held, optimised: ir.Model) -> None:
+def _pack(heap: CHeap, arena: Arena, held: Held, optimised: ir.Model, external: frozenset[str]) -> None:
     """Play the kernels that pack their weight: the packed one is made, then the original freed. Matrices come first;
     integer ones are transposed in the arena before, and weights of integer convolutions are packed there."""
     for node in sorted(query.nodes(optimised), key=lambda node: node.op_type == "QLinearConv"):
         slot = PACKS.get(node.op_type, len(node.inputs))
         value = node.inputs[slot] if slot < len(node.inputs) else None
-        if value is None or value.const_value is None or not held[value.const_value.nbytes]:
+        if value is None or value.const_value is None:
             continue
-        size = value.const_value.nbytes
+        size, outside = value.const_value.nbytes, value.name in external
+        if not outside and not held[size]:
+            continue
         if node.op_type == "QLinearConv":
             arena.allocate(size)
         else:
             if slot != 1:
                 arena.release(arena.allocate(size))
             heap.malloc(_packed_bytes(node, value.const_value), aligned=True)
-        heap.release(held[size].pop(0))
+        if not outside:
+            heap.release(held[size].pop(0))
 
 
 def _packed_bytes(node: ir.Node, weight: ir.TensorProtocol) -> int:
