@@ -12,19 +12,23 @@ from dataclasses import replace
 import onnx_ir as ir
 
 from edgeq.analyse import encode as encoding
+from edgeq.analyse import heads
 from edgeq.analyse import place as placement
+from edgeq.analyse.blame import blame
 from edgeq.analyse.cost import concrete_shapes
 from edgeq.analyse.coverage import read_back
 from edgeq.analyse.measure import measure
-from edgeq.analyse.sensitivity import Probe, decibel, only, sensitivity
+from edgeq.analyse.segments import segments
+from edgeq.analyse.sensitivity import Job, Noise, Probe, decibel, from_decibel, only, sensitivity, together
 from edgeq.analyse.stats import Stats
 from edgeq.context import Context
 from edgeq.ir import query, verify
-from edgeq.report.record import Coverage
+from edgeq.report.record import AtomNoise, Coverage
 from edgeq.rewrite.qdq import insert_qdq
 from edgeq.run.samples import take
 
-SENSITIVITY_SAMPLES = 8
+SENSITIVITY_SAMPLES = 32
+REFINE_SAMPLES = 8
 RANGE_SAMPLES = 16
 LEAST_REDUCTION = 0.9  # noise a tensor's own range method must cut to, against the model's choice
 RANGES = (encoding.Ranges("mse"), encoding.Ranges("percentile"), encoding.Ranges("minmax"))
@@ -45,7 +49,9 @@ class Quantizer:
             facts.update(atoms=len(self.atoms), probes=context.oracle.sessions)
         self.costs = placement.default_costs(self.atoms, self.shapes)
         self.keep_float = dict(context.keep_float)
+        self.profiled = False  # whether the costs are this machine's
         self.stats: dict[str, Stats] = {}
+        self.noises: tuple[AtomNoise, ...] = ()  # of the plan that was last asked about
 
     def work(self, atom: placement.Atom) -> int:
         """Multiply-accumulates of an atom on the first sample's shapes."""
@@ -84,7 +90,7 @@ class Quantizer:
         atoms = [atom for atom in plan.atoms if atom.name in set(names)]
         changed = 0
         with self.context.recorder.step("refine ranges", len(atoms)) as facts:
-            probe = Probe(self.model, take(self.context.calibration, SENSITIVITY_SAMPLES), self.context.target)
+            probe = Probe(self.model, take(self.context.calibration, REFINE_SAMPLES), self.context.target)
             for atom in atoms:
                 alone = only(plan, {atom.name})
                 for tensor in sorted(encoding.roots(atom, plan)):
@@ -105,7 +111,8 @@ class Quantizer:
         return True
 
     def _observe(self, plan: placement.Plan) -> None:
-        missing = [name for name in encoding.observed(plan) if name not in self.stats]
+        wanted = dict.fromkeys((*encoding.observed(plan), *heads.observed(plan)))
+        missing = [name for name in wanted if name not in self.stats]
         if missing:
             self.stats.update(self.context.observe(self.model, missing))
 
@@ -114,7 +121,7 @@ class Quantizer:
         while True:
             plan = self.plan(extra)
             self._observe(plan)
-            wrong = encoding.unholdable(plan, self.stats)
+            wrong = {**heads.crowded(plan, self.stats), **encoding.unholdable(plan, self.stats)}
             if not wrong:
                 return plan
             self.keep_float.update(wrong)
@@ -136,12 +143,40 @@ class Quantizer:
         feeds = list(take(self.context.calibration, PROFILE_SAMPLES))
         with self.context.recorder.step("profile"):
             self.costs = measure(self.model, integer_model, plan, feeds, self.shapes, self.context.target)
+        self.profiled = True
 
     def sensitivity(self, plan: placement.Plan) -> dict[str, float]:
-        """Noise-to-signal of the outputs by atom of ``plan``."""
-        atoms = [atom for atom in plan.atoms if atom.name in plan.integer and atom.verdict.kind == "integer"]
-        feeds = take(self.context.calibration, SENSITIVITY_SAMPLES)
-        with self.context.recorder.step("sensitivity", len(atoms)) as facts:
-            facts["atoms"] = len(atoms)
-            probe = Probe(self.model, feeds, self.context.target, self.context.threads)
-            return sensitivity(probe, plan, self.build, self.context.recorder.progress.advance)
+        """Noise-to-signal of the outputs by atom of ``plan``, each quantized alone. ``noises`` keeps them as rows."""
+        self.noises = self.ranking(plan, restore=False)
+        return {row.atom: from_decibel(row.noise_db) for row in self.noises}
+
+    def ranking(self, plan: placement.Plan, *, restore: bool) -> tuple[AtomNoise, ...]:
+        """What each atom of ``plan`` costs the outputs and why, loudest first. ``restore``: also what is gained when it
+        alone is float again."""
+        job = self._job(plan)
+        progress = self.context.recorder.progress
+        with self.context.recorder.step("sensitivity", len(job.atoms) * (2 if restore else 1)) as facts:
+            alone = sensitivity(job, "alone", progress.advance)
+            restored = sensitivity(job, "restored", progress.advance) if restore else {}
+            every = together(job) if restore else None
+            facts.update(atoms=len(job.atoms), segments=len(job.segments), samples=len(job.samples))
+        rows = [self._row(atom, job, alone[atom.name], restored.get(atom.name), every) for atom in job.atoms]
+        return tuple(sorted(rows, key=lambda row: row.noise_db))
+
+    def _job(self, plan: placement.Plan) -> Job:
+        self._observe(plan)
+        encodings = encoding.encode(plan, self.stats, self.context.target, ranges=self.ranges or RANGES[0])
+        return Job(
+            self.model, plan, encodings, lambda part, some: insert_qdq(part, some, encodings),
+            segments(self.model, self.atoms, self.shapes, self.costs.float_ns),
+            take(self.context.calibration, SENSITIVITY_SAMPLES), self.context.target, self.context.threads,
+            self.context.store,
+        )  # fmt: skip
+
+    def _row(
+        self, atom: placement.Atom, job: Job, alone: Noise, restored: Noise | None, every: Noise | None
+    ) -> AtomNoise:
+        gain = None if restored is None or every is None else decibel(restored.power) - decibel(every.power)
+        saved = self.costs.float_ns[atom.name] - self.costs.integer_ns[atom.name] if self.profiled else None
+        why = blame(atom, job.plan, job.encodings, self.stats)
+        return AtomNoise(atom.name, atom.head.op_type, decibel(alone.power), gain, alone.kl, saved, why)

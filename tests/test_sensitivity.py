@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 import pytest
 
-from edgeq.analyse.encode import encode
+from edgeq.analyse import sensitivity as measuring
 from edgeq.analyse.layers import layers, worst
-from edgeq.analyse.place import Plan
-from edgeq.analyse.sensitivity import Probe, decibel, noise_to_signal, only, sensitivity
+from edgeq.analyse.place import Plan, default_costs
+from edgeq.analyse.segments import segments
+from edgeq.analyse.sensitivity import (
+    Job,
+    Probe,
+    decibel,
+    from_decibel,
+    noise_to_signal,
+    only,
+    sensitivity,
+    together,
+)
+from edgeq.analyse.store import Store
 from edgeq.rewrite.qdq import insert_qdq
 from tests.graphs import normal
-from tests.placed import MINMAX, Placed, placed, run
+from tests.placed import Placed, placed, run, samples_of
 
 POINT = "Conv<kernel_shape=[1,1]>"
 BLOCK = (
@@ -22,28 +37,134 @@ BLOCK = (
 WEIGHTS = {"w": normal(8, 8, 1, 1) * 0.3, "v": normal(8, 8, 1, 1) * 0.3, "b": normal(8)}
 
 
-def noise_of(made: Placed) -> dict[str, float]:
-    def build(plan: Plan) -> ir.Model:
-        return insert_qdq(made.source, plan, encode(plan, made.stats, made.target, ranges=MINMAX))
+def job_of(made: Placed, count: int | None = 3, **settings: Any) -> Job:
+    """What is asked about a placed model, cut into ``count`` segments."""
+    work = default_costs(made.plan.atoms, made.shapes).float_ns
+    cuts = segments(made.source, made.plan.atoms, made.shapes, work, count)
 
+    def insert(part: ir.Model, plan: Plan) -> ir.Model:
+        return insert_qdq(part, plan, made.encodings)
+
+    samples = samples_of(made.feeds)
+    return Job(made.source, made.plan, made.encodings, insert, cuts, samples, made.target, **settings)
+
+
+def naive(made: Placed, names: set[str]) -> float:
+    """Noise on the outputs of the whole model with the atoms ``names`` quantized."""
+    probe = Probe(made.source, made.feeds, made.target)
+    return probe.noise(insert_qdq(made.source, only(made.plan, names), made.encodings))
+
+
+def noise_of(made: Placed) -> dict[str, float]:
     done: list[None] = []
-    noise = sensitivity(Probe(made.source, made.feeds, made.target), made.plan, build, lambda: done.append(None))
+    noise = sensitivity(job_of(made), "alone", lambda: done.append(None))
     assert len(done) == len(noise)
-    return noise
+    return {name: one.power for name, one in noise.items()}
 
 
 def test_each_atom_is_measured_alone() -> None:
     made = placed(BLOCK, WEIGHTS)
     noise = noise_of(made)
-    assert list(noise) == [name for name in made.plan.integer if made.plan.integer[name] != ""]
+    assert list(noise) == [
+        a.name for a in made.plan.atoms if a.name in made.plan.integer and a.verdict.kind == "integer"
+    ]
     for name, value in noise.items():
         part = only(made.plan, {name})
-        model = insert_qdq(made.source, part, encode(part, made.stats, made.target, ranges=MINMAX))
+        model = insert_qdq(made.source, part, made.encodings)
         wanted = [made.exact(feed)["y"].astype(np.float64) for feed in made.feeds]
         found = [run(model, feed)["y"] for feed in made.feeds]
         error = sum(np.square(w - f).sum() for w, f in zip(wanted, found, strict=True))
-        assert value == pytest.approx(error / sum(np.square(w).sum() for w in wanted), rel=1e-6)
+        assert value == pytest.approx(error / sum(np.square(w).sum() for w in wanted), rel=1e-3)
         assert 0 < value < 1e-2
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, None])
+def test_each_atom_is_restored_alone_however_the_graph_is_cut(count: int | None) -> None:
+    """Kernels of a part may fuse otherwise than in the whole, so a code may round to its neighbour: 10 %, 0.4 dB."""
+    made = placed(BLOCK, WEIGHTS)
+    job = job_of(made, count)
+    every = set(made.plan.integer)
+    for name, noise in sensitivity(job, "restored").items():
+        assert noise.power == pytest.approx(naive(made, every - {name}), rel=0.1)
+    assert together(job).power == pytest.approx(naive(made, every), rel=0.1)
+
+
+def test_outputs_and_values_that_cross_segments_are_not_lost() -> None:
+    """An output in the middle that is read on, a value read far behind, a second input, a second output."""
+    made = placed(
+        "(float[N,8,6,6] x, float[N,8,6,6] z) => (float[N,8,6,6] u, float[N,8,6,6] y) {"
+        f" g = {POINT}(z, v, b) t = {POINT}(x, w, b) u = Relu(t) a = {POINT}(u, v, b) c = {POINT}(a, w, b)"
+        f" d = Add(c, g) e = {POINT}(d, v, b) y = Add(e, u) }}",
+        WEIGHTS,
+        count=2,
+    )
+    every = set(made.plan.integer)
+    alone = {name: naive(made, {name}) for name in every}
+    restored = {name: naive(made, every - {name}) for name in every}
+    for count in (2, 7):
+        job = job_of(made, count)
+        assert sum(len(segment.atoms) for segment in job.segments) == len(made.plan.atoms)
+        for name, noise in sensitivity(job, "alone").items():
+            assert noise.power == pytest.approx(alone[name], rel=1e-2), (count, name)
+        for name, noise in sensitivity(job, "restored").items():
+            assert noise.power == pytest.approx(restored[name], rel=0.1), (count, name)
+
+
+def test_few_bytes_mean_more_passes_and_the_same_answer() -> None:
+    made = placed(BLOCK, WEIGHTS)
+    whole, one_at_a_time = (sensitivity(job_of(made, byte_budget=size), "restored") for size in (1 << 20, 1))
+    for name, noise in whole.items():
+        assert noise.power == pytest.approx(one_at_a_time[name].power, rel=1e-9)
+
+
+def test_an_interrupted_measurement_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, store = placed(BLOCK, WEIGHTS), Store(tmp_path)
+    expected = sensitivity(job_of(made), "alone")
+    seen = 0
+
+    def stop() -> None:
+        nonlocal seen
+        seen += 1
+        if seen == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sensitivity(job_of(made, store=store), "alone", stop)
+    assert len(list(tmp_path.rglob("*.npz"))) == 2
+    opened: list[object] = []
+    original = measuring.only
+    monkeypatch.setattr(measuring, "only", lambda *given: opened.append(None) or original(*given))
+    assert sensitivity(job_of(made, store=store), "alone") == expected
+    assert len(opened) == len(expected) - 2
+    assert sensitivity(job_of(made, store=store), "alone") == expected
+    assert len(opened) == len(expected) - 2, "nothing is measured twice"
+    sensitivity(job_of(made, store=store), "restored")
+    assert len(opened) > len(expected), "another question has other answers"
+
+
+def test_other_parameters_are_measured_anew_for_their_atom_alone(tmp_path: Path) -> None:
+    made, store = placed(BLOCK, WEIGHTS), Store(tmp_path)
+    before = sensitivity(job_of(made, store=store), "alone")
+    count = len(list(tmp_path.rglob("*.npz")))
+    coarse = replace(made.encodings.activations["u"], scale=made.encodings.activations["u"].scale * np.float32(8))
+    encodings = replace(made.encodings, activations={**made.encodings.activations, "u": coarse})
+    after = sensitivity(job_of(replace(made, encodings=encodings), store=store), "alone")
+    touched = {name for name in before if before[name] != after[name]}
+    assert touched == {"Conv_node_2", "Add_node"}, "those that write or read it"
+    assert len(list(tmp_path.rglob("*.npz"))) == count + len(touched)
+
+
+def test_class_scores_diverge_in_nats() -> None:
+    made = placed(
+        "(float[1,16] x) => (float[1,10] p) { t = MatMul(x, w) p = Softmax<axis=-1>(t) }", {"w": normal(16, 10) * 0.3}
+    )
+    noise = sensitivity(job_of(made, 1), "alone")["MatMul_node"]
+    wanted = [made.exact(feed)["p"].astype(np.float64) for feed in made.feeds]
+    model = insert_qdq(made.source, only(made.plan, {"MatMul_node"}), made.encodings)
+    found = [run(model, feed)["p"].astype(np.float64) for feed in made.feeds]
+    kl = np.mean([(w * np.log(w / f)).sum() for w, f in zip(wanted, found, strict=True)])
+    assert noise.kl == pytest.approx(kl, rel=0.02, abs=1e-9)
+    assert sensitivity(job_of(placed(BLOCK, WEIGHTS), 1), "alone")["Conv_node"].kl is None
 
 
 def test_the_layer_with_an_outlier_is_the_loudest() -> None:
@@ -83,6 +204,7 @@ def test_decibel() -> None:
         -10.0,
         -float("inf"),
     ]
+    assert [from_decibel(decibel(value)) for value in (0.0, 1e-3, 1.0, float("inf"))] == [0.0, 1e-3, 1.0, float("inf")]
 
 
 def test_layers_are_the_snr_of_each_quantized_tensor() -> None:

@@ -29,6 +29,7 @@ Edge = tuple[str, int]  # node name, input index
 
 PRODUCTS = ("MatMul", "Gemm")
 SUMS = ("Add", "Where")  # what puts an attention mask on scores
+HIDDEN = -1e3  # a score that Softmax makes 0 in every float format beside those of ordinary size: a mask by any means
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,11 @@ def encode(plan: Plan, stats: Mapping[str, Stats], target: Target, *, ranges: Ra
     activations: dict[str, QParams] = {}
     products = _read_by_products(plan)
     for name, quant in plan.tensors.items():
-        root = _root(name, plan.ties)
-        if root not in activations:
-            method = _method(root, products, ranges)
-            activations[root] = _activation(root, plan.tensors.get(root, quant), stats, target, method)
-        activations[name] = activations[root]
+        origin = root(name, plan.ties)
+        if origin not in activations:
+            method = _method(origin, products, ranges)
+            activations[origin] = _activation(origin, plan.tensors.get(origin, quant), stats, target, method)
+        activations[name] = activations[origin]
     activations.update(_clipped(plan, activations))
     constants: dict[Edge, QParams] = {}
     biases: dict[Edge, tuple[NDArray[np.int32], NDArray[np.float32]]] = {}
@@ -90,7 +91,7 @@ def _method(name: str, products: set[str], ranges: Ranges) -> str:
 def _read_by_products(plan: Plan) -> set[str]:
     """Root tensors that a MatMul or Gemm multiplies."""
     return {
-        _root(str(value.name), plan.ties)
+        root(str(value.name), plan.ties)
         for atom in plan.atoms
         if atom.name in plan.integer and atom.head.op_type in PRODUCTS
         for value in atom.inputs
@@ -100,40 +101,58 @@ def _read_by_products(plan: Plan) -> set[str]:
 def roots(atom: Atom, plan: Plan) -> set[str]:
     """The tensors whose parameters an atom of ``plan`` uses."""
     values = atom.inputs if atom.name in plan.bare else (*atom.inputs, *atom.outputs)
-    return {_root(str(value.name), plan.ties) for value in values}
+    return {root(str(value.name), plan.ties) for value in values}
 
 
 def observed(plan: Plan) -> list[str]:
     """The tensors whose statistics ``encode`` needs, in plan order: one a tie, and what is multiplied beside a bias,
     since a data mover that keeps the range (MaxPool, a channel shuffle) changes the channels' means."""
-    ranges = [_root(name, plan.ties) for name in plan.tensors]
+    ranges = [root(name, plan.ties) for name in plan.tensors]
     means = [str(atom.inputs[0].name) for atom in plan.atoms if atom.name in plan.integer and atom.bias is not None]
     return list(dict.fromkeys((*ranges, *means)))
 
 
 def unholdable(plan: Plan, stats: Mapping[str, Stats]) -> dict[str, str]:
-    """Integer atoms of ``plan`` that integers would break -> why: those that meet mask constants (-inf, -1e9), which
-    no 8-bit scale holds beside real values, and sums with a tensor that was 0 throughout calibration, as the mask of
-    texts without padding is: its range is unknown."""
+    """Integer atoms of ``plan`` that integers would break -> why: those that meet mask constants (-inf, -1e9, -1e4 in
+    front of a Softmax), which no 8-bit scale holds beside real values, and sums with a tensor that was 0 throughout
+    calibration, as the mask of texts without padding is: its range is unknown."""
     wrong: dict[str, str] = {}
     for atom in (atom for atom in plan.atoms if atom.name in plan.integer):
         for value in (*atom.inputs, *atom.outputs):
-            seen = stats.get(_root(str(value.name), plan.ties))
-            if seen is not None and seen.mask_count:
+            seen = stats.get(root(str(value.name), plan.ties))
+            if seen is not None and (seen.mask_count or (seen.min <= HIDDEN and _scores(value))):
                 wrong[atom.name] = f"{value.name!r} holds mask constants, which no integer scale holds beside values"
             elif seen is not None and value in atom.inputs and atom.head.op_type in SUMS and seen.min == seen.max == 0:
                 wrong[atom.name] = f"{value.name!r} was 0 throughout calibration: its range is unknown"
         for index in atom.constants:
-            if OPS[atom.head.op_type].weight != index and not _holdable(_array(atom, index)):
+            array = _array(atom, index)
+            masks = array.min(initial=0.0) <= HIDDEN and atom.head.op_type in SUMS and _scores(atom.outputs[0])
+            if OPS[atom.head.op_type].weight != index and (masks or not _holdable(array)):
                 wrong[atom.name] = "its constant holds values no integer scale holds beside others"
     return wrong
+
+
+def _scores(value: ir.Value) -> bool:
+    """Whether a Softmax reads the value, as it is or behind sums and data movers."""
+    seen, stack = {value}, [value]
+    while stack:
+        for node in query.users(stack.pop()):
+            if node.op_type == "Softmax":
+                return True
+            row = OPS.get(node.op_type)
+            if node.op_type in SUMS or (row is not None and row.keeps_scale):
+                new = [output for output in node.outputs if output not in seen]
+                seen.update(new)
+                stack += new
+    return False
 
 
 def _holdable(array: NDArray[Any]) -> bool:
     return bool(np.isfinite(array).all() and np.abs(array).max(initial=0.0) < -MASK)
 
 
-def _root(name: str, ties: Mapping[str, str]) -> str:
+def root(name: str, ties: Mapping[str, str]) -> str:
+    """The tensor whose parameters ``name`` takes."""
     while name in ties:
         name = ties[name]
     return name

@@ -8,7 +8,7 @@ over all samples is infinitely bad too (snr_db, cosine, max_abs) or the sample c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -97,6 +97,45 @@ def top1(outputs: Array, labels: ArrayLike) -> F64:
             hint="check that labels count from 0 and belong to this model",
         )
     return _share(_top(out) == truth, out)
+
+
+def class_like(name: str, array: Array, labels: Sequence[Any] = ()) -> bool:
+    """Whether an output holds scores of classes on the last axis: distributions, or [n, classes] with ``labels`` that
+    are classes, or called "logits". Anything else of two axes may as well be an embedding, whose largest element means
+    nothing."""
+    if array.dtype.kind not in "fV" or array.ndim < 2 or array.shape[-1] < 2:
+        return False
+    if distributions(array):
+        return True
+    classes = bool(labels) and all(isinstance(one, int) and 0 <= one < array.shape[-1] for one in labels)
+    return array.ndim == 2 and (classes or "logit" in name.lower())
+
+
+def distributions(array: Array) -> bool:
+    """Whether each row of the last axis is a distribution."""
+    values = array.astype(np.float64)
+    return bool(values.min(initial=0.0) >= 0 and np.allclose(values.sum(-1), 1, atol=1e-3))
+
+
+def kl_divergence(reference: Array, test: Array) -> F64:
+    """Kullback-Leibler divergence of what ``test`` says of the classes from what ``reference`` says, f64[n] in nats:
+    the mean over a sample's positions; inf if not finite. Both are distributions when the reference is, else logits."""
+    r, t = _same_shape(reference, test)
+    given = distributions(r)
+    before, after = (_log_classes(x.astype(np.float64), given) for x in (r, t))
+    with np.errstate(invalid="ignore"):
+        apart = (np.exp(before) * (before - after)).sum(-1)
+    value: F64 = np.where(np.isfinite(apart), np.maximum(apart, 0.0), np.inf).reshape(len(r), -1).mean(1)
+    return value
+
+
+def _log_classes(x: F64, given: bool) -> F64:
+    """Log-probabilities along the last axis of distributions (``given``), held above 1e-12, or of logits."""
+    if given:
+        x = np.log(np.maximum(x, 1e-12))
+    with np.errstate(invalid="ignore"):
+        x = x - x.max(-1, keepdims=True)
+        return np.asarray(x - np.log(np.exp(x).sum(-1, keepdims=True)), np.float64)
 
 
 METRICS: dict[str, Metric] = {

@@ -104,6 +104,22 @@ class Saturation:
 
 
 @dataclass(frozen=True)
+class AtomNoise:
+    """What quantizing one atom (a node with what folds into it) does to the outputs, and which tensor is to blame.
+
+    ``noise_db``: SNR when it alone is quantized; ``gain_db``: SNR won when all are but it; ``kl``: divergence of class
+    scores in nats when alone; ``gained_ns``: time its integer kernel saves. None: not measured."""
+
+    atom: str
+    op: str
+    noise_db: float
+    gain_db: float | None = None
+    kl: float | None = None
+    gained_ns: float | None = None
+    why: str = ""
+
+
+@dataclass(frozen=True)
 class Artifact:
     """A file that runs. ``digest`` is sha256 of the model with its weights; sizes in bytes, external data included."""
 
@@ -132,6 +148,7 @@ class Report:
     samples: dict[str, Any] = field(default_factory=dict)
     latency: dict[str, Any] = field(default_factory=dict)  # "reference"/"artifact"/… -> Timing as a dict, per threads
     layers: tuple[dict[str, Any], ...] = ()  # name, op, snr_db, format: a row a quantised tensor
+    sensitivity: tuple[AtomNoise, ...] = ()  # loudest first; of export only when a repair needed it
     candidates: tuple[dict[str, Any], ...] = ()  # what was measured: name, ships, why, …
     footprint: dict[str, Any] = field(default_factory=dict)  # formula, formats, kv_cache, memory: bytes before building
     schema: int = SCHEMA

@@ -27,6 +27,11 @@ class Samples:
     synthetic: bool = False
     preprocessing: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def each_label(self) -> list[Any]:
+        """Labels one by one, none without labels: those of a batch are a tuple."""
+        return [one for label in self.labels or () for one in (label if isinstance(label, tuple) else (label,))]
+
     def __len__(self) -> int:
         return self.count
 

@@ -100,18 +100,7 @@ class Judge:
         return outputs
 
     def _class_like(self, name: str, array: Array) -> bool:
-        """Scores of classes on the last axis: distributions, or [n, classes] with labels that are classes, or "logits".
-
-        Anything else of two axes may as well be an embedding, whose largest element means nothing.
-        """
-        if array.dtype.kind not in "fV" or array.ndim < 2 or array.shape[-1] < 2:
-            return False
-        values = array.astype(np.float64)
-        if values.min(initial=0.0) >= 0 and np.allclose(values.sum(-1), 1, atol=1e-3):
-            return True
-        labels = _flat(self.samples.labels)
-        classes = bool(labels) and all(isinstance(one, int) and 0 <= one < array.shape[-1] for one in labels)
-        return array.ndim == 2 and (classes or "logit" in name.lower())
+        return metrics.class_like(name, array, self.samples.each_label)
 
     def _compared_by(self, name: str, array: Array) -> tuple[str, ...]:
         if array.dtype.kind not in "fV":
@@ -128,7 +117,7 @@ class Judge:
         """The metric that needs the truth, if any: asked for, or top1 where labels and output are of classes."""
         labels = self.samples.labels
         if metric is None:
-            whole = bool(labels) and all(isinstance(one, int) for one in _flat(labels))
+            whole = bool(labels) and all(isinstance(one, int) for one in self.samples.each_label)
             return Score("top1", self._top1) if whole and self._class_output else None
         if ":" in metric:
             function = load(metric)
@@ -234,11 +223,6 @@ def _rows(output: Array, feed: Feed) -> list[Array]:
     if mask is None or mask.ndim != 2 or output.shape[:2] != mask.shape:
         return [output[i : i + 1] for i in range(batch)]
     return [output[i : i + 1, mask[i] != 0] for i in range(batch)]
-
-
-def _flat(labels: Sequence[Any] | None) -> list[Any]:
-    """Labels one by one: those of a batch are a tuple."""
-    return [one for label in labels or () for one in (label if isinstance(label, tuple) else (label,))]
 
 
 def _from(perfect: float, interval: Interval) -> Interval:
