@@ -22,6 +22,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from tests.bench.quantizers import peak_bytes
 from tests.zoo import ZOO
 from tests.zoo.packages import data, float_model
 
@@ -113,13 +114,7 @@ def _run(tool: str, count: int) -> Cost:
         start = time.perf_counter()
         work()
         seconds = time.perf_counter() - start
-        return Cost(tool, count, seconds, _peak_bytes(), out.stat().st_size)
-
-
-def _peak_bytes() -> int:
-    """``VmHWM`` of this process: unlike ``ru_maxrss`` it starts anew when a program is started (man 5 proc)."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+        return Cost(tool, count, seconds, peak_bytes(), out.stat().st_size)
 
 
 @click.command()

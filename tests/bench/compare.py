@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from tests.bench.peers import USUAL, VARIANTS, Peer, quantized
+from edgeq.recipe import DEFAULT
+from tests.bench.peers import USUAL, known_peers, quantized
+from tests.bench.quantizers import ORT
 from tests.zoo import ZOO
 from tests.zoo.packages import data, float_model, source
 from tests.zoo.score import cosine, metric_value, run
@@ -44,15 +47,25 @@ class Measured:
     ratio: Mapping[int, tuple[float, float, float]] = field(default_factory=dict)
 
 
-def export(name: str, folder: Path, *, again: bool = False) -> Path:
-    """edgeq's artefact of a zoo model for this machine, as a user's command would make it."""
+def export(
+    name: str,
+    folder: Path,
+    *,
+    again: bool = False,
+    recipe: str = DEFAULT,
+    limit: int | None = None,
+    blind: bool = False,
+) -> Path:
+    """edgeq's artefact of a zoo model for this machine, as a user's command would make it.
+
+    ``blind``: it holds out calibration samples to judge its drafts by, and sees none of those for evaluation."""
     import edgeq
 
     package, entry = folder / f"{name}.edgeq", ZOO[name]
     if again or not (package / "model.onnx").is_file():
         edgeq.export(
-            source(entry), target="local", calibration=entry.calibration, evaluation=entry.evaluation,
-            metric=entry.metric, out=package, force=True,
+            source(entry), target="local", recipe=recipe, calibration=entry.calibration,
+            evaluation=None if blind else entry.evaluation, metric=entry.metric, limit=limit, out=package, force=True,
         )  # fmt: skip
     return package / "model.onnx"
 
@@ -109,24 +122,12 @@ def compare_model(
     name: str, out: Path, variants: Sequence[str], threads: Sequence[int], count: int | None, *, again: bool
 ) -> list[Measured]:
     """One model: edgeq's artefact, the peers', their failures as rows without figures."""
-    known = {peer.variant: peer for peer in _known_peers(name, out / "peers", variants, again=again)}
+    folder = out / "peers"
+    peers = known_peers(name, folder, variants, partial(quantized, name, folder), again=again)
     artefacts = {OURS: export(name, out, again=again)}
-    artefacts |= {variant: Path(peer.path) for variant, peer in known.items() if peer.path}
-    failed = [Measured(name, variant, error=peer.error) for variant, peer in known.items() if peer.error]
+    artefacts |= {peer.variant: Path(peer.path) for peer in peers if peer.path}
+    failed = [Measured(name, peer.variant, error=peer.error) for peer in peers if peer.error]
     return measure(name, artefacts, threads, count) + failed
-
-
-def _known_peers(name: str, folder: Path, variants: Sequence[str], *, again: bool) -> list[Peer]:
-    """The peers' results from an earlier run where they are all there, else made now."""
-    folder.mkdir(parents=True, exist_ok=True)
-    record = folder / f"{name}.json"
-    if not again and record.is_file():
-        peers = [Peer(**row) for row in json.loads(record.read_text())]
-        if {peer.variant for peer in peers} >= set(variants):
-            return [peer for peer in peers if peer.variant in variants]
-    peers = quantized(name, folder, variants)
-    record.write_text(json.dumps([asdict(peer) for peer in peers], indent=1) + "\n")
-    return peers
 
 
 def geometric_mean(values: Iterable[float]) -> float:
@@ -172,7 +173,7 @@ def show(rows: Sequence[Measured], threads: Sequence[int], variants: Sequence[st
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path))
 @click.argument("names", nargs=-1, type=click.Choice(list(ZOO)))
-@click.option("--variant", "variants", multiple=True, type=click.Choice(list(VARIANTS)), default=("u8", *USUAL))
+@click.option("--variant", "variants", multiple=True, type=click.Choice(list(ORT)), default=("u8", *USUAL))
 @click.option("--threads", multiple=True, type=int, default=(1, 2))
 @click.option("--count", type=int, help="Evaluation samples; default: each loader's own.")
 @click.option("--again", is_flag=True, help="Export and quantize anew.")
