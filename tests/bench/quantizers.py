@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ def pre_processed(path: Path, out: Path) -> tuple[Path, str]:
     note = ""
     for way, options in (("", {}), (" without symbolic shapes", {"skip_symbolic_shape": True})):
         try:
-            quant_pre_process(str(path), str(out), **options)
+            with chdir(out.parent):  # where it dies it leaves files in the working directory
+                quant_pre_process(str(path.resolve()), str(out), **options)
         except Exception as error:  # noqa: BLE001 - whatever the peer dies of is what these benchmarks report
             note = f"pre-process{way} failed: {first_line(error)}"[:200]
         else:
