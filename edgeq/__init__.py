@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from edgeq.version import __version__
 
 if TYPE_CHECKING:
+    from edgeq.advice import advise
     from edgeq.errors import EdgeqError
     from edgeq.examine import bench, inspect, validate
     from edgeq.packaging import verify_package
@@ -30,6 +31,7 @@ __all__ = [
     "Notice",
     "Report",
     "__version__",
+    "advise",
     "bench",
     "export",
     "footprint",
@@ -46,6 +48,7 @@ HOMES = {
     "EdgeqError": "edgeq.errors",
     "Notice": "edgeq.report.record",
     "Report": "edgeq.report.record",
+    "advise": "edgeq.advice",
     "bench": "edgeq.examine",
     "export": "edgeq.pipeline",
     "footprint": "edgeq.sizes",

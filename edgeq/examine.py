@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from edgeq import recipe as recipes
 from edgeq import steps
-from edgeq.analyse.place import Costs, place
+from edgeq.analyse.place import free_costs, place
 from edgeq.context import Context
 from edgeq.errors import PackageError
 from edgeq.facts import environment, samples_facts, source_facts, target_facts, timing_facts
@@ -139,10 +139,7 @@ def bench(
 
 def _forecast(quantizer: Quantizer) -> Coverage:
     """What the target has integer kernels for, from the oracle alone: whether they pay is measured by export."""
-    names = [atom.name for atom in quantizer.atoms]
-    edges = {str(value.name) for atom in quantizer.atoms for value in (*atom.inputs, *atom.outputs)}
-    free = Costs(dict.fromkeys(names, 1.0), dict.fromkeys(names, 0.0), dict.fromkeys(edges, 0.0))
-    plan = place(quantizer.atoms, quantizer.context.target, free)
+    plan = place(quantizer.atoms, quantizer.context.target, free_costs(quantizer.atoms))
     total = sum(quantizer.work(atom) for atom in quantizer.atoms)
     integer = [atom for atom in quantizer.atoms if atom.name in plan.integer]
     movers = sum(atom.verdict.kind == "mover" for atom in integer)

@@ -37,6 +37,7 @@ LAYERS = {
     "facts": 9,
     "given": 9,
     "search": 10,
+    "advice": 10.5,
     "examine": 10.5,
     "pipeline": 10.5,
     "sizes": 10.5,

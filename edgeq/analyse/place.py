@@ -223,6 +223,14 @@ def default_costs(atoms: Iterable[Atom], shapes: Shapes) -> Costs:
     return Costs(float_ns, integer_ns, boundary)
 
 
+def free_costs(atoms: Iterable[Atom]) -> Costs:
+    """Costs by which all that has an integer kernel is worth it: what could be, not what pays."""
+    atoms = tuple(atoms)
+    edges = {str(value.name) for atom in atoms for value in (*atom.inputs, *atom.outputs)}
+    names = [atom.name for atom in atoms]
+    return Costs(dict.fromkeys(names, 1.0), dict.fromkeys(names, 0.0), dict.fromkeys(edges, 0.0))
+
+
 def _elements(value: ir.Value, shapes: Shapes) -> int:
     shape = shapes.get(str(value.name))
     return math.prod(shape) if shape is not None else 1

@@ -40,7 +40,7 @@ def storable(
     for node, value in _weights(model, ops):
         if node.name in leave:
             continue
-        axis, shape = _axis(node, quant), query.dims(value) or ()
+        axis, shape = axis_of(node, quant), query.dims(value) or ()
         if quant.block > 0 and axis is not None and int(shape[axis] or 0) < quant.block:
             continue
         key = (str(value.name), axis)
@@ -81,7 +81,7 @@ def _weights(model: ir.Model, ops: Collection[str]) -> Iterator[tuple[ir.Node, i
             yield node, value
 
 
-def _axis(node: ir.Node, quant: Quant) -> int | None:
+def axis_of(node: ir.Node, quant: Quant) -> int | None:
     """The axis that has a scale each or is cut in blocks."""
     rank = len(query.dims(node.inputs[STORABLE[node.op_type]]) or ())
     if node.op_type == "Gather":

@@ -111,6 +111,34 @@ def inspect(model: str, target: str, inputs: tuple[str, ...]) -> Report:
 
 
 @cli.command(cls=Command, epilog=EPILOG)
+@click.argument("model")
+@options.target
+@click.option("-c", "--calibration", metavar="DATA", help="Samples, for advice on activations and what nodes harm.")
+@click.option("--bits", type=int, default=8, show_default=True, help="Size of the formats to choose from: 8, 6 or 4.")
+@click.option("--html", type=PATH, metavar="FILE", help="Write a page with histograms here.")
+@options.inputs
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Use at most N calibration samples.")
+@options.synthetic
+@options.preprocessing
+@options.force
+@options.quiet
+@options.as_json
+def advise(model: str, inputs: tuple[str, ...], quiet: bool, **settings: Any) -> Report:
+    """Tell which number format each tensor of MODEL should have.
+
+    With the numbers that say so: how its values are spread, the noise each format would make, what the target runs.
+
+    \b
+    edgeq advise net.onnx -t cpu-x64-vnni
+    edgeq advise net.onnx -c photos/ --html advice.html
+    """
+    from edgeq.advice import advise as run
+
+    with _progress(quiet) as progress:
+        return run(model, inputs=list(inputs), progress=progress, **settings)
+
+
+@cli.command(cls=Command, epilog=EPILOG)
 @click.argument("model", required=False)
 @click.option("--params", metavar="10B", help="A number of parameters instead of MODEL.")
 @options.target

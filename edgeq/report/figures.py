@@ -26,6 +26,8 @@ def figures(report: Report) -> dict[str, tuple[str, Figure]]:
         "coverage": ("Coverage", coverage(report)),
         "latency": ("Latency", latency(report)),
         "layers": ("Signal to noise of each quantized tensor", layers(report)),
+        "values": ("Values of a tensor", values(report)),
+        "predicted": ("Predicted signal to noise of each weight, by format", predicted(report)),
     }
     return {name: (heading, figure) for name, (heading, figure) in drawn.items() if figure is not None}
 
@@ -125,3 +127,59 @@ def _layer_words(row: dict[str, Any]) -> str:
     words = [str(row.get(key) or "") for key in ("name", "op", "format")]
     words.insert(2, f"{rows.number(row['snr_db'])} dB")
     return "<br>".join(escape(word) for word in words if word)
+
+
+def values(report: Report) -> Figure | None:
+    """The histogram of one tensor that advice is given on; a menu chooses which. Counts on a logarithmic axis."""
+    if not report.advice:
+        return None
+    bars = [
+        {
+            "type": "bar",
+            "x": _middles(row["values"]),
+            "y": list(row["values"]["bars"]),
+            "visible": index == 0,
+            "marker": {"color": INTEGER, "line": {"width": 0}},
+            "hovertemplate": "%{x:.4g}: %{y}<extra></extra>",
+        }
+        for index, row in enumerate(report.advice)
+    ]
+    buttons = [
+        {
+            "label": escape(row["tensor"]),
+            "method": "restyle",
+            "args": ["visible", [other == index for other in range(len(bars))]],
+        }
+        for index, row in enumerate(report.advice)
+    ]
+    menu = {"buttons": buttons, "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"}
+    yaxis = {"type": "log", "title": {"text": "count"}}
+    layout = _layout(340, "value", yaxis=yaxis, bargap=0, showlegend=False, updatemenus=[menu])
+    return {"data": bars, "layout": layout | {"margin": {"l": 8, "r": 16, "t": 48, "b": 8}}}
+
+
+def _middles(found: dict[str, Any]) -> list[float]:
+    """Where the bars of a histogram stand."""
+    width = (found["max"] - found["min"]) / len(found["bars"])
+    return [found["min"] + (index + 0.5) * width for index in range(len(found["bars"]))]
+
+
+def predicted(report: Report) -> Figure | None:
+    """A mark a weight and format, dB; weights in graph order, one on which nothing is lost at the top."""
+    found = rows.predicted_rows(report)
+    if not found:
+        return None
+    marks = [
+        {
+            "type": "scatter",
+            "mode": "markers",
+            "name": name,
+            "x": list(range(1, len(found) + 1)),
+            "y": [None if row[name] is None else min(row[name], NO_DISTORTION_DB) for row in found],
+            "hovertext": [escape(row["tensor"]) for row in found],
+            "hovertemplate": f"{escape(name)}: %{{y:.1f}} dB<br>%{{hovertext}}<extra></extra>",
+        }
+        for name in found[0]
+        if name != "tensor"
+    ]
+    return {"data": marks, "layout": _layout(420, "weight, in graph order", yaxis={"title": {"text": "dB"}})}

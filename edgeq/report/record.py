@@ -151,6 +151,7 @@ class Report:
     sensitivity: tuple[AtomNoise, ...] = ()  # loudest first; of export only when a repair needed it
     candidates: tuple[dict[str, Any], ...] = ()  # what was measured: name, ships, why, …
     footprint: dict[str, Any] = field(default_factory=dict)  # formula, formats, kv_cache, memory: bytes before building
+    advice: tuple[dict[str, Any], ...] = ()  # a row a tensor: values, candidates with predicted snr_db, format, why
     schema: int = SCHEMA
 
     @property

@@ -9,6 +9,7 @@ has a ``name``, whether it ``ships``, ``why`` and its ``integer_macs_share``; on
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 from edgeq.report.record import Check, Island, Report, Saturation
 
 MIB = 1024.0 * 1024.0
+BLOCKS = "▁▂▃▄▅▆▇█"
 SYNTHETIC = "SYNTHETIC DATA: the inputs are random numbers; accuracy on them says nothing about real use."
 
 
@@ -142,6 +144,49 @@ def memory_rows(report: Report) -> list[dict[str, str]]:
     return [{"memory": name.replace("_", " "), "predicted": decimal(value)} for name, value in memory.items()]
 
 
+def spark(counts: Sequence[float], width: int = 16) -> str:
+    """A histogram as ``width`` characters; heights are roots of counts, so that tails show."""
+    step = max(1, len(counts) // width)
+    sums = [sum(counts[start : start + step]) for start in range(0, len(counts), step)]
+    top = max(sums, default=0.0) or 1.0
+    return "".join(" " if not count else BLOCKS[min(int((count / top) ** 0.5 * len(BLOCKS)), 7)] for count in sums)
+
+
+def value_rows(report: Report) -> list[dict[str, Any]]:
+    """How the values of each tensor that advice is given on are spread."""
+    return [
+        {
+            "tensor": row["tensor"], "op": row["op"], "values": spark(row["values"]["bars"]),
+            **{name: row["values"][name] for name in ("min", "max", "crest", "kurtosis")},
+            "zeros %": 100 * row["values"]["zeros"],
+            "outliers": f"{row['values']['outliers']} of {row['values']['channels']}",
+        }
+        for row in report.advice
+    ]  # fmt: skip
+
+
+def advice_rows(report: Report) -> list[dict[str, Any]]:
+    """The format advised for each tensor; ``alone dB`` is measured, ``predicted dB`` is not."""
+    found = [
+        {"tensor": row["tensor"], "format": row["format"], "predicted dB": row["snr_db"], "alone dB": row["alone_db"],
+         "why": row["why"]}
+        for row in report.advice
+    ]  # fmt: skip
+    measured = any(row["alone dB"] is not None for row in found)
+    return found if measured else [{k: v for k, v in row.items() if k != "alone dB"} for row in found]
+
+
+def predicted_rows(report: Report) -> list[dict[str, Any]]:
+    """Predicted dB of each weight in every format its target could have it in."""
+    names = [candidate["format"] for row in report.advice if row["kind"] == "weight" for candidate in row["candidates"]]
+    found = []
+    for row in report.advice:
+        if row["kind"] == "weight" and row["candidates"]:
+            known = {candidate["format"]: candidate["snr_db"] for candidate in row["candidates"]}
+            found.append({"tensor": row["tensor"]} | {name: known.get(name) for name in dict.fromkeys(names)})
+    return found
+
+
 def interval(check: Check) -> str:
     """``0.58 … 0.66``, empty when the value wasn't sampled."""
     if check.low is None or check.high is None:
@@ -193,6 +238,11 @@ def given_up(report: Report) -> list[str]:
 
 def verdict(report: Report) -> str:
     """What ships and whether it meets its limits, in one sentence."""
+    if report.advice:
+        counted = Counter((row["kind"], row["format"]) for row in report.advice)
+        return ", ".join(
+            f"{count} {kind}{'s' * (count > 1)} in {form}" for (kind, form), count in counted.most_common()
+        )
     failed = [check for check in report.checks if not check.passed]
     limited = [check for check in report.checks if check.limit is not None]
     if failed:

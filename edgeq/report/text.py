@@ -5,6 +5,8 @@ Renderables instead of printing: the caller owns the console, its width and its 
 
 from __future__ import annotations
 
+from typing import Any
+
 from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
@@ -26,6 +28,7 @@ def render(report: Report) -> Group:
         _latency(report),
         _coverage(report),
         *_footprint(report),
+        *_advice(report),
         *_notices(report),
         *(Text(f"given up  {line}", style="yellow") for line in rows.given_up(report)),
         Text(rows.verdict(report), style="bold green" if report.passed else "bold red"),
@@ -88,6 +91,24 @@ def _footprint(report: Report) -> list[Table | Text]:
             parts.append(table)
     formula = report.footprint.get("formula", "")
     return [*parts, *([Text(formula, style="dim")] if formula else [])]
+
+
+def _advice(report: Report) -> list[Table | Text]:
+    """How values are spread, then a line a tensor with the sentence on it below."""
+    found = rows.value_rows(report)
+    if not found:
+        return []
+    numeric = tuple(name for name in found[0] if any(isinstance(row[name], int | float) for row in found))
+    table = _table(*found[0], right=numeric)
+    for row in found:
+        table.add_row(*(rows.number(row[name]) if name in numeric else escape(row[name]) for name in row))
+    return [table, *(text for row in rows.advice_rows(report) for text in _sentence(row))]
+
+
+def _sentence(row: dict[str, Any]) -> tuple[Text, Text]:
+    alone = "" if row.get("alone dB") is None else f", outputs {row['alone dB']:.1f} dB with its node alone in integers"
+    predicted = "" if row["predicted dB"] is None else f"  predicted {row['predicted dB']:.1f} dB"
+    return Text(f"{row['tensor']}  {row['format']}{predicted}{alone}", "bold"), Text(f"  {row['why']}")
 
 
 def _notices(report: Report) -> list[Text]:
