@@ -29,7 +29,7 @@ from edgeq.recipe import DEFAULT
 from edgeq.validator.score import Score, Scores
 from tests.bench.apart import PINS, quantized_apart
 from tests.bench.compare import FLOAT, OURS, export
-from tests.bench.executed import integer_macs_share
+from tests.bench.executed import integer_macs_share, quantizes
 from tests.bench.peers import Peer, known_peers
 from tests.bench.quantizers import ORT, OTHERS, first_line
 from tests.zoo import ZOO
@@ -65,6 +65,7 @@ class Row:
     high: float | None = None
     cosine: float = math.nan
     integer_macs: float = math.nan
+    quantizes: bool = False
     samples: int = 0
     seconds: float = 0.0
     peak_bytes: int = 0
@@ -72,9 +73,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a recipe keeps to the bar on a model. ``worse_than``: peer -> how much more edgeq drops, and its bounds.
+    """Whether a recipe keeps to the bar on a model.
 
-    ``closed``: share of the first recipe's drop that this one is rid of; ``closed_noise``: of its 1 - cosine."""
+    ``worse_than``: peer -> how much more edgeq drops, and its bounds. ``idle``: peers that quantized nothing, who set
+    no bar; ``ships_float``: so did edgeq. ``closed``: share of the first recipe's drop that this one is rid of;
+    ``closed_noise``: of its 1 - cosine."""
 
     name: str
     recipe: str
@@ -83,6 +86,8 @@ class Verdict:
     best_peer: str
     best_peer_drop: float
     worse_than: Mapping[str, Interval]
+    idle: tuple[str, ...] = ()
+    ships_float: bool = False
     closed: float | None = None
     closed_noise: float | None = None
 
@@ -120,6 +125,7 @@ class Bench:
         return replace(
             row, size_bytes=Path(row.path).stat().st_size, metric=scores.value().value, drop=drop.value, low=drop.low,
             high=drop.high, cosine=cosine(self.expected, found), integer_macs=share,
+            quantizes=quantizes(Path(row.path)),
         )  # fmt: skip
 
     def _scores(self, results: Sequence[Values]) -> Scores:
@@ -167,7 +173,9 @@ def _shipped(path: Path) -> str:
 def verdicts(rows: Sequence[Row], bench: Bench, recipes: Sequence[str]) -> list[Verdict]:
     """One a recipe that has a file; the first one's drop is the gap that the others can close."""
     by_variant = {row.variant: row for row in rows if not row.error}
-    peers = [by_variant[variant] for variant in BAR if variant in by_variant]
+    given = [by_variant[variant] for variant in BAR if variant in by_variant]
+    peers = [row for row in given if row.quantizes and not math.isnan(row.drop)]
+    idle = tuple(row.variant for row in given if not row.quantizes)
     best = min(peers, key=lambda row: row.drop, default=None)
     found = []
     for recipe in recipes:
@@ -177,7 +185,7 @@ def verdicts(rows: Sequence[Row], bench: Bench, recipes: Sequence[str]) -> list[
         difference = {variant: bench.scores[variant].drop_to(bench.scores[recipe]) for variant in worse}
         verdict = Verdict(
             bench.name, recipe, ours.drop, len(peers), best.variant if best else "", best.drop if best else math.nan,
-            difference,
+            difference, idle, not ours.quantizes,
         )  # fmt: skip
         first = by_variant.get(recipes[0])
         if first is not None and recipe != recipes[0]:
@@ -201,7 +209,8 @@ def show(rows: Sequence[Row], console: Console) -> None:
         figures = (f"{row.metric:.4f}", _drop(row), f"{row.cosine:.4f}", f"{row.size_bytes / 1e6:.2f}")
         cost = f"{row.samples}, {row.seconds:.0f}, {row.peak_bytes / 1e9:.1f}" if row.seconds else ""
         style = {OURS: "bold", FLOAT: "italic"}.get(row.tool)
-        table.add_row(row.name, row.variant, *figures, f"{row.integer_macs:.0%}", cost, row.note[:90], style=style)
+        share = f"{row.integer_macs:.0%}" if row.quantizes else "-"
+        table.add_row(row.name, row.variant, *figures, share, cost, row.note[:90], style=style)
     console.print(table)
 
 
@@ -217,13 +226,17 @@ def _bounded(interval: Interval) -> str:
 
 def line(verdict: Verdict) -> str:
     """A verdict in words."""
-    head = f"{verdict.name} {verdict.recipe}: drop {verdict.drop:+.4f}"
+    head = f"{verdict.name} {verdict.recipe}: drop {verdict.drop:+.4f}{' (ships float)' * verdict.ships_float}"
     best = f"best {verdict.best_peer} {verdict.best_peer_drop:+.4f}"
-    if verdict.passed:
+    if not verdict.peers:
+        text = f"{head}, and no peer quantized anything"
+    elif verdict.passed:
         text = f"{head} is no more than that of each of {verdict.peers} peers ({best})"
     else:
         missed = "; ".join(f"{peer} by {_bounded(more)}" for peer, more in verdict.worse_than.items())
         text = f"{head} is MORE than that of {len(verdict.worse_than)} of {verdict.peers} peers: {missed}"
+    if verdict.idle:
+        text += f" (those that quantized nothing left out: {', '.join(verdict.idle)})"
     if verdict.closed is not None:
         short = "" if verdict.closed >= HALF else " (LESS than half)"
         text += f"; closes {verdict.closed:.0%} of the gap that remained{short}"

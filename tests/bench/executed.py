@@ -1,8 +1,8 @@
-"""Which share of a model's multiply-accumulates really ran in integers, from ONNX Runtime's own profile of one sample.
+"""What of a model really is quantized: ops in the file, and the share of multiply-accumulates that ran in integers.
 
-The same judge for edgeq's files and the peers': it counts Conv, ConvTranspose, MatMul, Gemm and Attention in all their
-kernels, inside the branches of an If too. A kernel that multiplies weights in few bits with float activations counts
-as float.
+The latter is from ONNX Runtime's own profile of one sample, the same judge for edgeq's files and the peers': it counts
+Conv, ConvTranspose, MatMul, Gemm and Attention in all their kernels, inside the branches of an If too. A kernel that
+multiplies weights in few bits with float activations counts as float.
 """
 
 from __future__ import annotations
@@ -25,6 +25,20 @@ INTEGER = (
     "DynamicQuantizeMatMul", "QAttention",
 )  # fmt: skip
 SECOND = {"QLinearConv": 3, "QLinearMatMul": 3, "QGemm": 3}  # place of the second factor among the inputs, else 1
+
+
+def quantizes(path: Path) -> bool:
+    """Whether anything is quantized in the model, branches and bodies included."""
+    import onnx
+
+    graphs = [onnx.load(path, load_external_data=False).graph]
+    while graphs:
+        graph = graphs.pop()
+        for node in graph.node:
+            if node.op_type in INTEGER or "Quant" in node.op_type or "NBits" in node.op_type:
+                return True
+            graphs += [each for field in node.attribute for each in (*field.graphs, *([field.g] * field.HasField("g")))]
+    return False
 
 
 def integer_macs_share(path: Path, sample: Mapping[str, Any]) -> float:
