@@ -21,6 +21,7 @@ from edgeq.report.recorder import Recorder
 from edgeq.rewrite.weights import store_weights
 from edgeq.source import read_model
 from edgeq.target.load import load_target
+from tests.bench.rounding import measure, won_back
 from tests.graphs import graph, normal, random_feed
 from tests.placed import VNNI, oracle_of, run, samples_of
 
@@ -204,3 +205,9 @@ def test_the_step_takes_a_rounding(how: str) -> None:
     result = steps.weights(model, context, format="u4/block16/asym", rounding=how)
     verify.verify(result, "storing weights")
     assert context.recorder.steps[-1].facts["rounding"] == how
+
+
+@pytest.mark.zoo
+def test_a_real_model_gets_more_than_half_of_its_loss_back() -> None:
+    rows = measure("EFL0", ["i4/channel"], ["nearest", "gptq"], "", 4, 32, 100)
+    assert min(won_back(rows, rows[-1])) > 0.5, rows
