@@ -17,7 +17,7 @@ from edgeq.version import __version__
 if TYPE_CHECKING:
     from edgeq.advice import advise
     from edgeq.errors import EdgeqError
-    from edgeq.examine import bench, inspect, validate
+    from edgeq.examine import bench, inspect, sensitivity, validate
     from edgeq.packaging import verify_package
     from edgeq.pipeline import export
     from edgeq.report.codec import from_json, to_json
@@ -38,6 +38,7 @@ __all__ = [
     "from_json",
     "inspect",
     "load_target",
+    "sensitivity",
     "to_json",
     "validate",
     "verify_package",
@@ -55,6 +56,7 @@ HOMES = {
     "from_json": "edgeq.report.codec",
     "inspect": "edgeq.examine",
     "load_target": "edgeq.target.load",
+    "sensitivity": "edgeq.examine",
     "to_json": "edgeq.report.codec",
     "validate": "edgeq.examine",
     "verify_package": "edgeq.packaging",

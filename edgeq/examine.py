@@ -1,4 +1,4 @@
-"""Looking at models and packages without making any: inspect, validate, bench (L10)."""
+"""Looking at models and packages without making any: inspect, sensitivity, validate, bench (L10)."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ import onnx_ir as ir
 from edgeq import recipe as recipes
 from edgeq import steps
 from edgeq.analyse.place import free_costs, place
+from edgeq.analyse.store import Store
 from edgeq.context import Context
-from edgeq.errors import PackageError
+from edgeq.errors import PackageError, RecipeError
 from edgeq.facts import environment, samples_facts, source_facts, target_facts, timing_facts
 from edgeq.given import Wanted, model_file, pins_of, preprocessing_of, random_samples, samples_spec, target_of
 from edgeq.ir import query
 from edgeq.packaging import read_directory, verify_package
 from edgeq.quantizer import Quantizer
 from edgeq.report.progress import Progress
-from edgeq.report.record import Check, Coverage, Island, Report
+from edgeq.report.record import AtomNoise, Check, Coverage, Island, Report
 from edgeq.report.recorder import Recorder
 from edgeq.run.record import Timing
 from edgeq.run.samples import load_samples
@@ -48,6 +49,47 @@ def inspect(model: str | Path | ir.Model, *, target: str = "local", inputs: Sequ
         source=source_facts(info, source), target=target_facts(chosen), recipe="inspect", steps=tuple(recorder.steps),
         coverage=forecast, notices=tuple(recorder.notices), environment=environment(),
         samples={"calibration": "random, shapes only"},
+    )  # fmt: skip
+
+
+def sensitivity(
+    model: str | Path | ir.Model,
+    *,
+    calibration: str | None = None,
+    target: str = "local",
+    recipe: str = recipes.DEFAULT,
+    inputs: Sequence[str] = (),
+    limit: int | None = None,
+    synthetic: bool = False,
+    preprocessing: str | Path | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Report:
+    """What quantizing each node of ``model`` does to its outputs, loudest first, and which tensor is to blame: with it
+    alone quantized, and with all quantized but it. Nothing is written; an interrupted run goes on where it stopped.
+
+    Raises RecipeError for a recipe that doesn't quantize."""
+    chosen, recorder = target_of(target, None), Recorder(progress)
+    source, info = read_model(model, opset=chosen.opset, pins=pins_of(inputs))
+    place = Path(str(model)).parent if isinstance(model, str | Path) and Path(model).is_file() else None
+    spec = samples_spec(calibration, synthetic, "calibration", "-c")
+    settings: dict[str, Any] = {"preprocessing": preprocessing_of(preprocessing), "model_folder": place}
+    samples = load_samples(spec, source, limit=limit, **settings)
+    context = Context(chosen, Oracle(chosen), samples, recorder, Store(), max(chosen.threads), seed)
+    quantizer = steps.apply(recipes.parse(recipe, steps.KNOWN), source, context).quantizer
+    if quantizer is None:
+        raise RecipeError(f"recipe {recipe!r} quantizes nothing", hint="end it with quantize")
+    plan, quantized, seen = quantizer.fused()
+    rows: tuple[AtomNoise, ...] = ()
+    if plan.integer:
+        quantizer.learn_costs(plan, quantized)
+        rows = quantizer.ranking(plan, restore=True)
+    else:
+        recorder.warn("nothing-to-quantize", "no node of this model has an integer kernel worth its Q/DQ")
+    return Report(
+        source=source_facts(info, source), target=target_facts(chosen), recipe=recipe, steps=tuple(recorder.steps),
+        coverage=seen, sensitivity=rows, notices=tuple(recorder.notices), environment=environment(),
+        samples={"calibration": samples_facts(samples)},
     )  # fmt: skip
 
 

@@ -286,6 +286,7 @@ def _report(
         samples={"calibration": samples_facts(calibrate), "evaluation": samples_facts(held_out)},
         latency=timing_facts(validation.timings),
         layers=rows,
+        sensitivity=prepared.quantizer.noises if prepared.quantizer is not None else (),
         candidates=settled.trials,
     )
 

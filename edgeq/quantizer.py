@@ -121,9 +121,12 @@ class Quantizer:
         while True:
             plan = self.plan(extra)
             self._observe(plan)
-            wrong = {**heads.crowded(plan, self.stats), **encoding.unholdable(plan, self.stats)}
+            joins = heads.crowded(plan, self.stats)
+            wrong = {**joins, **encoding.unholdable(plan, self.stats)}
             if not wrong:
                 return plan
+            for reason in dict.fromkeys(joins.values()):
+                self.context.recorder.info("join-kept-float", f"{reason}: it and what is around it stay float")
             self.keep_float.update(wrong)
 
     def fused(self, extra: Mapping[str, str] | None = None) -> tuple[placement.Plan, ir.Model, Coverage]:
@@ -153,7 +156,7 @@ class Quantizer:
     def ranking(self, plan: placement.Plan, *, restore: bool) -> tuple[AtomNoise, ...]:
         """What each atom of ``plan`` costs the outputs and why, loudest first. ``restore``: also what is gained when it
         alone is float again."""
-        job = self._job(plan)
+        job = self.job(plan)
         progress = self.context.recorder.progress
         with self.context.recorder.step("sensitivity", len(job.atoms) * (2 if restore else 1)) as facts:
             alone = sensitivity(job, "alone", progress.advance)
@@ -163,7 +166,8 @@ class Quantizer:
         rows = [self._row(atom, job, alone[atom.name], restored.get(atom.name), every) for atom in job.atoms]
         return tuple(sorted(rows, key=lambda row: row.noise_db))
 
-    def _job(self, plan: placement.Plan) -> Job:
+    def job(self, plan: placement.Plan) -> Job:
+        """What ``ranking`` measures."""
         self._observe(plan)
         encodings = encoding.encode(plan, self.stats, self.context.target, ranges=self.ranges or RANGES[0])
         return Job(

@@ -11,6 +11,7 @@ import onnx_ir as ir
 import pytest
 
 from edgeq.analyse import sensitivity as measuring
+from edgeq.analyse.blame import blame
 from edgeq.analyse.layers import layers, worst
 from edgeq.analyse.place import Plan, default_costs
 from edgeq.analyse.segments import segments
@@ -25,9 +26,13 @@ from edgeq.analyse.sensitivity import (
     together,
 )
 from edgeq.analyse.store import Store
+from edgeq.cli import main
+from edgeq.report import html
+from edgeq.report.codec import from_json
 from edgeq.rewrite.qdq import insert_qdq
+from tests import small_net
 from tests.graphs import normal
-from tests.placed import Placed, placed, run, samples_of
+from tests.placed import VNNI, Placed, placed, run, samples_of
 
 POINT = "Conv<kernel_shape=[1,1]>"
 BLOCK = (
@@ -232,3 +237,38 @@ def test_layers_of_a_tensor_shown_and_read_and_of_a_silent_one() -> None:
     assert rows["t"] > 30
     assert rows.get("r") is None, "a tensor of zeros has no SNR"
     assert worst([{"snr_db": None}, {"snr_db": 3.0}], 5) == [{"snr_db": 3.0}]
+
+
+def test_blame_names_the_tensor_that_loses_most() -> None:
+    made = placed(BLOCK, WEIGHTS)
+    atoms = {atom.name: atom for atom in made.plan.atoms}
+    about = {name: blame(atoms[name], made.plan, made.encodings, made.stats) for name in made.plan.integer}
+    assert all("keep" in sentence and "dB" in sentence for sentence in about.values())
+    spiky = [{"x": normal(1, 8, 6, 6)} for _ in range(4)]
+    for feed in spiky:
+        feed["x"][:, 3] *= 200
+    made = placed(BLOCK, WEIGHTS, feeds=spiky)
+    (atom,) = (atom for atom in made.plan.atoms if atom.name == "Conv_node")
+    text = blame(atom, made.plan, made.encodings, made.stats)
+    assert "channels make it so" in text, text
+
+
+@pytest.mark.slow
+def test_the_command_ranks_explains_and_remembers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("EDGEQ_CACHE", str(tmp_path / "cache"))
+    model, calibration, _ = small_net.write(tmp_path, samples=8)
+    words = ["sensitivity", str(model), "-c", str(calibration), "-t", VNNI]
+    assert main([*words, "--json", "-q"]) == 0
+    report = from_json(capsys.readouterr().out)
+    noise = [row.noise_db for row in report.sensitivity]
+    assert noise == sorted(noise) and len(noise) >= 5
+    assert all(row.why and row.gain_db is not None and row.kl is not None for row in report.sensitivity)
+    assert main(words) == 0
+    shown = capsys.readouterr()
+    assert report.sensitivity[0].atom in shown.out and "restored +dB" in shown.out
+    assert "sensitivity" in shown.err
+    assert "Sensitivity (" in html.render(report)
+    assert main([*words, "-r", "canonicalize"]) == 2
+    assert "quantizes nothing" in capsys.readouterr().err

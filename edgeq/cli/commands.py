@@ -139,6 +139,35 @@ def advise(model: str, inputs: tuple[str, ...], quiet: bool, **settings: Any) ->
 
 
 @cli.command(cls=Command, epilog=EPILOG)
+@click.argument("model")
+@click.option("-c", "--calibration", metavar="DATA", help="Samples: .npz, folder, text, or pkg.module:callable.")
+@options.target
+@click.option(
+    "-r", "--recipe", default="balanced", show_default=True, help="Preset or steps; see `edgeq list recipes`."
+)
+@options.synthetic
+@options.preprocessing
+@options.inputs
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Use at most N calibration samples.")
+@options.seed
+@options.quiet
+@options.as_json
+def sensitivity(model: str, inputs: tuple[str, ...], quiet: bool, **settings: Any) -> Report:
+    """Tell which nodes of MODEL suffer from integers.
+
+    Each is quantized alone, and left float alone; the noise on the outputs ranks them and says which tensor is to
+    blame. Writes nothing. An interrupted run goes on where it stopped.
+
+    \b
+    edgeq sensitivity net.onnx -c photos/ -t cpu-x64-vnni
+    """
+    from edgeq.examine import sensitivity as run
+
+    with _progress(quiet) as progress:
+        return run(model, inputs=list(inputs), progress=progress, **settings)
+
+
+@cli.command(cls=Command, epilog=EPILOG)
 @click.argument("model", required=False)
 @click.option("--params", metavar="10B", help="A number of parameters instead of MODEL.")
 @options.target

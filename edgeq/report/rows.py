@@ -191,6 +191,16 @@ def interval(check: Check) -> str:
     """``0.58 … 0.66``, empty when the value wasn't sampled."""
     if check.low is None or check.high is None:
         return ""
+def sensitivity_rows(report: Report, count: int | None = None) -> list[dict[str, Any]]:
+    """What each atom's quantization does to the outputs, loudest first; columns nobody filled are left out."""
+    found = [
+        {"sensitive": row.atom, "op": row.op, "alone dB": row.noise_db, "restored +dB": row.gain_db, "KL nats": row.kl,
+         "saves µs": None if row.gained_ns is None else row.gained_ns / 1e3, "why": row.why}
+        for row in report.sensitivity[:count]
+    ]  # fmt: skip
+    return [{k: v for k, v in row.items() if any(other[k] is not None for other in found)} for row in found]
+
+
     return f"{number(check.low)} … {number(check.high)}"
 
 
@@ -247,6 +257,9 @@ def verdict(report: Report) -> str:
     limited = [check for check in report.checks if check.limit is not None]
     if failed:
         proof = "FAILED " + ", ".join(f"{check.name} {_short(check)}, limit {limit(check)}" for check in failed)
+    if report.sensitivity and report.artifact is None:
+        loudest = report.sensitivity[0]
+        return f"{len(report.sensitivity)} atoms measured: {loudest.atom} alone leaves {loudest.noise_db:.1f} dB of SNR"
     elif limited:
         proof = f"all {len(limited)} limits met" if len(limited) > 1 else f"{limited[0].name} {limit(limited[0])} met"
     else:

@@ -16,6 +16,7 @@ from edgeq.report import rows
 from edgeq.report.record import Report
 
 TOP_ISLANDS = 10
+TOP_SENSITIVE = 5
 
 
 def render(report: Report) -> Group:
@@ -29,6 +30,7 @@ def render(report: Report) -> Group:
         _coverage(report),
         *_footprint(report),
         *_advice(report),
+        _sensitivity(report),
         *_notices(report),
         *(Text(f"given up  {line}", style="yellow") for line in rows.given_up(report)),
         Text(rows.verdict(report), style="bold green" if report.passed else "bold red"),
@@ -109,6 +111,18 @@ def _sentence(row: dict[str, Any]) -> tuple[Text, Text]:
     alone = "" if row.get("alone dB") is None else f", outputs {row['alone dB']:.1f} dB with its node alone in integers"
     predicted = "" if row["predicted dB"] is None else f"  predicted {row['predicted dB']:.1f} dB"
     return Text(f"{row['tensor']}  {row['format']}{predicted}{alone}", "bold"), Text(f"  {row['why']}")
+
+
+def _sensitivity(report: Report) -> Group | None:
+    found = rows.sensitivity_rows(report, TOP_SENSITIVE)
+    if not found:
+        return None
+    numeric = tuple(name for name in found[0] if name not in ("sensitive", "op", "why"))
+    table = _table(*found[0], right=numeric)
+    for row in found:
+        table.add_row(*(rows.number(row[name]) if name in numeric else escape(row[name]) for name in row))
+    more = len(report.sensitivity) - len(found)
+    return Group(table, *([Text(f"… and {more} more", style="dim")] if more else []))
 
 
 def _notices(report: Report) -> list[Text]:
