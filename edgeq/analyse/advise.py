@@ -205,10 +205,15 @@ def _per_tensor(best: Candidate, found: Sequence[Candidate], values: Distributio
     if other.snr_db > best.snr_db - 1:
         return f"per tensor {other.snr_db:.1f} dB, since its channels are alike"
     if values.outliers:
-        reason = f"{values.outliers} of {values.channels} channels reach up to {values.reach:.3g}x the median"
+        reason = _outliers(values)
     else:
         reason = f"the largest of {values.channels} channels reaches {values.reach:.2g}x the median"
     return f"per tensor {other.snr_db:.1f} dB because {reason}"
+
+
+def _outliers(values: Distribution) -> str:
+    reach = "reaches" if values.outliers == 1 else "reach up to"
+    return f"{values.outliers} of {values.channels} channels {reach} {values.reach:.3g}x the median"
 
 
 def _rival(best: Candidate, found: Sequence[Candidate], shapes: Mapping[int, Shape]) -> str:
@@ -224,7 +229,7 @@ def _rival(best: Candidate, found: Sequence[Candidate], shapes: Mapping[int, Sha
     even = crest * 10 ** ((whole.snr_db - (best if whole is other else other).snr_db) / 20)
     side = "below" if crest < even else "above"
     if gain > 0:
-        return f"beats {other.format} {other.snr_db:.1f}: crest {crest:.1f} is {side} {even:.1f}"
+        return f"beats {other.format} {other.snr_db:.1f}: crest {crest:.3g} is {side} {even:.3g}"
     return f"{other.format} has {other.snr_db:.1f} in {other.bits:.4g} bits, {WORDS[other.runs]}"
 
 
@@ -282,10 +287,7 @@ def _range_sentence(best: Candidate, found: Sequence[Candidate], values: Distrib
             f"; not clipped at {_cut(tightest, values)} ({tightest.snr_db:.1f}): products need their largest values"
         )
     if product and values.outliers:
-        words += (
-            f"; {values.outliers} of {values.channels} channels reach up to {values.reach:.3g}x the median: "
-            "the step smooth moves them into the weights"
-        )
+        words += f"; {_outliers(values)}: the step smooth moves them into the weights"
     return words
 
 

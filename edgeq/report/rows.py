@@ -159,10 +159,14 @@ def value_rows(report: Report) -> list[dict[str, Any]]:
             "tensor": row["tensor"], "op": row["op"], "values": spark(row["values"]["bars"]),
             **{name: row["values"][name] for name in ("min", "max", "crest", "kurtosis")},
             "zeros %": 100 * row["values"]["zeros"],
-            "outliers": f"{row['values']['outliers']} of {row['values']['channels']}",
+            "outliers": _of(row["values"]["outliers"], row["values"]["channels"]),
         }
         for row in report.advice
     ]  # fmt: skip
+
+
+def _of(count: int, total: int) -> str:
+    return f"{count} of {total}" if total else ""
 
 
 def advice_rows(report: Report) -> list[dict[str, Any]]:
@@ -187,10 +191,6 @@ def predicted_rows(report: Report) -> list[dict[str, Any]]:
     return found
 
 
-def interval(check: Check) -> str:
-    """``0.58 … 0.66``, empty when the value wasn't sampled."""
-    if check.low is None or check.high is None:
-        return ""
 def sensitivity_rows(report: Report, count: int | None = None) -> list[dict[str, Any]]:
     """What each atom's quantization does to the outputs, loudest first; columns nobody filled are left out."""
     found = [
@@ -201,6 +201,10 @@ def sensitivity_rows(report: Report, count: int | None = None) -> list[dict[str,
     return [{k: v for k, v in row.items() if any(other[k] is not None for other in found)} for row in found]
 
 
+def interval(check: Check) -> str:
+    """``0.58 … 0.66``, empty when the value wasn't sampled."""
+    if check.low is None or check.high is None:
+        return ""
     return f"{number(check.low)} … {number(check.high)}"
 
 
@@ -253,13 +257,13 @@ def verdict(report: Report) -> str:
         return ", ".join(
             f"{count} {kind}{'s' * (count > 1)} in {form}" for (kind, form), count in counted.most_common()
         )
+    if report.sensitivity and report.artifact is None:
+        loudest = report.sensitivity[0]
+        return f"{len(report.sensitivity)} atoms measured: {loudest.atom} alone leaves {loudest.noise_db:.1f} dB of SNR"
     failed = [check for check in report.checks if not check.passed]
     limited = [check for check in report.checks if check.limit is not None]
     if failed:
         proof = "FAILED " + ", ".join(f"{check.name} {_short(check)}, limit {limit(check)}" for check in failed)
-    if report.sensitivity and report.artifact is None:
-        loudest = report.sensitivity[0]
-        return f"{len(report.sensitivity)} atoms measured: {loudest.atom} alone leaves {loudest.noise_db:.1f} dB of SNR"
     elif limited:
         proof = f"all {len(limited)} limits met" if len(limited) > 1 else f"{limited[0].name} {limit(limited[0])} met"
     else:

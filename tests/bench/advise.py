@@ -94,8 +94,9 @@ def main(names: tuple[str, ...]) -> None:
     """Print a line a model and format, and one on the choices."""
     table = Table("model", "format", "weights", "within 3 dB", "mean dB", "worst dB", box=None)
     choices = Table("model", "bits", "worst loss, as fast", "worst loss, of all", box=None)
-    for name in names or NAMES:
-        rows = compared(name)
+    found = {name: compared(name) for name in names or NAMES}
+    found["all"] = [row for rows in found.values() for row in rows]
+    for name, rows in found.items():
         for text in dict.fromkeys(c.format for row in rows for c in row.advice.candidates):
             errors = np.array([error for row in rows for error in row.errors(text)])
             worst = errors[np.abs(errors).argmax()]
