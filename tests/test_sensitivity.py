@@ -31,6 +31,7 @@ from edgeq.report import html
 from edgeq.report.codec import from_json
 from edgeq.rewrite.qdq import insert_qdq
 from tests import small_net
+from tests.bench.sensitivity import measure
 from tests.graphs import normal
 from tests.placed import VNNI, Placed, placed, run, samples_of
 
@@ -272,3 +273,13 @@ def test_the_command_ranks_explains_and_remembers(
     assert "Sensitivity (" in html.render(report)
     assert main([*words, "-r", "canonicalize"]) == 2
     assert "quantizes nothing" in capsys.readouterr().err
+
+
+@pytest.mark.zoo
+def test_a_real_model_is_measured_as_in_the_plain_way() -> None:
+    """Alone: the same kernels and nearly the same sums. Restored: kernels may fuse otherwise across a cut."""
+    alone, restored = measure("MBV2", 2)
+    assert alone.spearman > 0.999
+    assert alone.most_apart_db < 0.05
+    assert restored.median_apart_db < 0.01
+    assert restored.most_apart_db < 1.5

@@ -283,7 +283,7 @@ def from_decibel(snr_db: float) -> float:
     return 0.0 if snr_db >= 150.0 else float(10 ** (-snr_db / 10))
 
 
-def noise_to_signal(expected: list[Mapping[str, Array]], found: list[Mapping[str, Array]]) -> float:
+def noise_to_signal(expected: Sequence[Mapping[str, Array]], found: Sequence[Mapping[str, Array]]) -> float:
     """Mean over float outputs of error power over signal power; inf when anything isn't finite or changed shape."""
     pairs = zip(expected, found, strict=True)
     return _noise(sum((_lost(want, got, ()) for want, got in pairs), np.zeros((1, 4)))).power
