@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from edgeq.analyse.coverage import read_back
+from edgeq.analyse.coverage import optimised, read_back
 from edgeq.analyse.encode import encode
 from edgeq.analyse.sensitivity import only
 from edgeq.ir import io, query
@@ -199,3 +199,21 @@ def test_a_plan_for_another_model_is_refused() -> None:
     assert isinstance(other.source, ir.Model)
     with pytest.raises(KeyError):
         insert_qdq(other.source, made.plan, made.encodings)
+
+
+def test_a_product_kept_float_between_integers_stays_float() -> None:
+    """The runtime would quantize its weights with one scale for all channels (WeightBiasQuantization)."""
+    point = "Conv<kernel_shape=[1,1]>"
+    weights = {name: normal(8, 8, 1, 1) * 0.3 for name in ("w", "v", "u")} | {"b": normal(8)}
+    weights["v"][0] *= 100  # one channel would take all of a common scale
+    for behind in ("m = Relu(c)", "m = Clip(c, low, high)", "m = Identity(c)"):
+        text = (
+            f"(float[1,8,6,6] x) => (float[1,8,6,6] y) {{ a = {point}(x, w, b) c = {point}(a, v, b) {behind}"
+            f" y = {point}(m, u, b) }}"
+        )
+        bounds = {"low": np.array(-50, np.float32), "high": np.array(50, np.float32)} if "Clip" in text else {}
+        kept = placed(text, {**weights, **bounds}, keep_float={"Conv_node_2": "sensitive"})
+        assert {"Conv_node", "Conv_node_3"} <= set(kept.plan.integer)
+        fused = optimised(kept.model, kept.target)
+        assert sum(node.op_type in ("Conv", "FusedConv") for node in fused.graph) == 1, behind
+        np.testing.assert_allclose(kept.fused()["y"], kept.unfused()["y"], atol=np.abs(kept.exact()["y"]).max() / 50)
