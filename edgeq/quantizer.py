@@ -18,11 +18,15 @@ from edgeq.analyse.blame import blame
 from edgeq.analyse.cost import concrete_shapes
 from edgeq.analyse.coverage import read_back
 from edgeq.analyse.measure import measure
+from edgeq.analyse.rounding import round_weights
+from edgeq.analyse.saturation import kernel_rows, saturates
 from edgeq.analyse.segments import segments
 from edgeq.analyse.sensitivity import Job, Noise, Probe, decibel, from_decibel, only, sensitivity, together
 from edgeq.analyse.stats import Stats
 from edgeq.context import Context
 from edgeq.ir import query, verify
+from edgeq.ir.ops import OPS
+from edgeq.num.quant import Coded
 from edgeq.report.record import AtomNoise, Coverage
 from edgeq.rewrite.qdq import insert_qdq
 from edgeq.run.samples import take
@@ -39,8 +43,11 @@ FUSION_ROUNDS = 4
 class Quantizer:
     """A float model ready to be quantized by any plan. Statistics are taken once, for every tensor a plan may want."""
 
-    def __init__(self, model: ir.Model, context: Context, ranges: str) -> None:
-        self.model, self.context = model, context
+    def __init__(
+        self, model: ir.Model, context: Context, ranges: str, rounding: str = "nearest", relief_db: float = 0.0
+    ) -> None:
+        """``relief_db``: how much less noise than all that fuses makes is wanted, whatever limits say."""
+        self.model, self.context, self.rounding, self.relief_db = model, context, rounding, relief_db
         self.ranges: encoding.Ranges | None = None if ranges == "auto" else encoding.Ranges(ranges, ranges)
         first = context.calibration.read(0)
         self.shapes = concrete_shapes(model, first)
@@ -52,6 +59,7 @@ class Quantizer:
         self.profiled = False  # whether the costs are this machine's
         self.stats: dict[str, Stats] = {}
         self.noises: tuple[AtomNoise, ...] = ()  # of the plan that was last asked about
+        self.rounded: dict[encoding.Edge, Coded] | None = None
 
     def work(self, atom: placement.Atom) -> int:
         """Multiply-accumulates of an atom on the first sample's shapes."""
@@ -66,13 +74,39 @@ class Quantizer:
     def build(self, plan: placement.Plan) -> ir.Model:
         """The QDQ model of a plan."""
         self._observe(plan)
+        if self.rounded is None:
+            self.rounded = self._round()
         if self.ranges is None:
             self.ranges = self._best_ranges(plan)
         return self._built(plan, self.ranges)
 
     def _built(self, plan: placement.Plan, ranges: encoding.Ranges) -> ir.Model:
-        encodings = encoding.encode(plan, self.stats, self.context.target, ranges=ranges)
+        encodings = encoding.encode(plan, self.stats, self.context.target, ranges=ranges, rounded=self.rounded)
         return insert_qdq(self.model, plan, encodings)
+
+    def _round(self) -> dict[encoding.Edge, Coded]:
+        """Codes of every weight a plan may quantize, unless nearest ones will do. Ones that the target's kernels can't
+        add without saturation stay nearest."""
+        if self.rounding == "nearest":
+            return {}
+        heads = {
+            (atom.name, OPS[atom.head.op_type].weight): atom
+            for atom in self.atoms
+            if atom.verdict.kind == "integer" and OPS[atom.head.op_type].weight in atom.constants
+        }
+        wanted = {(name, i): encoding.constant_params(a, i, self.context.target) for (name, i), a in heads.items() if i}
+        with self.context.recorder.step("round", len(wanted)) as facts:
+            rounded = round_weights(
+                self.model, wanted, self.context.calibration, rounding=self.rounding, threads=self.context.threads,
+                done=self.context.recorder.progress.advance,
+            )  # fmt: skip
+            sound = {
+                edge: coded
+                for edge, coded in rounded.items()
+                if not saturates(kernel_rows(heads[edge].head, coded.codes), self.context.target)
+            }
+            facts.update(rounding=self.rounding, weights=len(sound), saturating=len(rounded) - len(sound))
+        return sound
 
     def _best_ranges(self, plan: placement.Plan) -> encoding.Ranges:
         """Of the choices in ``RANGES`` the one whose model puts the least noise on the outputs."""

@@ -22,7 +22,7 @@ from edgeq.errors import ModelError
 from edgeq.ir import query
 from edgeq.ir.ops import OPS
 from edgeq.num import fit
-from edgeq.num.quant import TENSOR, QParams, Quant, fake_quant
+from edgeq.num.quant import TENSOR, Coded, QParams, Quant, dequantize, quantize
 from edgeq.target.record import Target
 
 Edge = tuple[str, int]  # node name, input index
@@ -34,11 +34,11 @@ HIDDEN = -1e3  # a score that Softmax makes 0 in every float format beside those
 
 @dataclass(frozen=True)
 class Encodings:
-    """``activations``: tensor -> parameters. ``constants``: edge -> parameters of the constant read there.
+    """``activations``: tensor -> parameters. ``constants``: edge -> parameters and codes of the constant read there.
     ``biases``: edge -> int32 codes [out] and their f32 scales [out]. ``notes``: what had to be adjusted."""
 
     activations: dict[str, QParams]
-    constants: dict[Edge, QParams]
+    constants: dict[Edge, Coded]
     biases: dict[Edge, tuple[NDArray[np.int32], NDArray[np.float32]]]
     notes: tuple[str, ...] = ()
 
@@ -58,8 +58,15 @@ class Ranges:
     exact: Mapping[str, str] = field(default_factory=dict)
 
 
-def encode(plan: Plan, stats: Mapping[str, Stats], target: Target, *, ranges: Ranges = Ranges()) -> Encodings:
-    """Fit everything the plan quantizes.
+def encode(
+    plan: Plan,
+    stats: Mapping[str, Stats],
+    target: Target,
+    *,
+    ranges: Ranges = Ranges(),
+    rounded: Mapping[Edge, Coded] | None = None,
+) -> Encodings:
+    """Fit everything the plan quantizes. ``rounded``: constants whose codes are found already.
 
     Raises ModelError naming a planned tensor that calibration never saw."""
     activations: dict[str, QParams] = {}
@@ -71,12 +78,13 @@ def encode(plan: Plan, stats: Mapping[str, Stats], target: Target, *, ranges: Ra
             activations[origin] = _activation(origin, plan.tensors.get(origin, quant), stats, target, method)
         activations[name] = activations[origin]
     activations.update(_clipped(plan, activations))
-    constants: dict[Edge, QParams] = {}
+    constants: dict[Edge, Coded] = {}
     biases: dict[Edge, tuple[NDArray[np.int32], NDArray[np.float32]]] = {}
     notes: list[str] = []
     for atom in (atom for atom in plan.atoms if atom.name in plan.integer):
         for index in atom.constants:
-            constants[atom.name, index] = _constant(atom, index, target)
+            edge = atom.name, index
+            constants[edge] = rounded[edge] if rounded and edge in rounded else _nearest(atom, index, target)
         if atom.name not in plan.bare or atom.bare_bias:
             source = stats.get(str(atom.inputs[0].name))
             _bias(atom, activations, source, constants, biases, notes)
@@ -184,7 +192,13 @@ def _clipped(plan: Plan, activations: Mapping[str, QParams]) -> dict[str, QParam
     return found
 
 
-def _constant(atom: Atom, index: int, target: Target) -> QParams:
+def _nearest(atom: Atom, index: int, target: Target) -> Coded:
+    params = constant_params(atom, index, target)
+    return Coded(params, quantize(_array(atom, index).astype(np.float32), params))
+
+
+def constant_params(atom: Atom, index: int, target: Target) -> QParams:
+    """The mapping of the constant an atom reads at ``index``: per channel where it is a weight, else per tensor."""
     array = _array(atom, index)
     if OPS[atom.head.op_type].weight != index:
         lo, hi = min(float(array.min()), 0.0), max(float(array.max()), 0.0)
@@ -208,7 +222,7 @@ def _bias(
     atom: Atom,
     activations: Mapping[str, QParams],
     source: Stats | None,
-    constants: dict[Edge, QParams],
+    constants: dict[Edge, Coded],
     biases: dict[Edge, tuple[NDArray[np.int32], NDArray[np.float32]]],
     notes: list[str],
 ) -> None:
@@ -219,26 +233,29 @@ def _bias(
     array = query.constant(node.inputs[index])
     if array is None:
         raise TypeError(f"bias of {atom.name} is not constant")
-    weight = constants[atom.name, row.weight]
+    coded = constants[atom.name, row.weight]
+    weight = coded.params
     scale_x = float(activations[str(atom.inputs[0].name)].scale)
-    wanted = array.astype(np.float32).reshape(-1) - _mean_error(atom, row.weight, weight, source)
+    wanted = array.astype(np.float32).reshape(-1) - _mean_error(atom, row.weight, coded, source)
     codes, scales, adjusted = fit.fit_bias(
         wanted, scale_x, weight, products=_array(atom, row.weight).size // wanted.size
     )
     if adjusted is not weight and not np.array_equal(adjusted.scale, weight.scale):
         raised = int(np.count_nonzero(adjusted.scale != weight.scale))
         notes.append(f"{atom.name}: weight scale raised on {raised} channels so that the int32 bias fits")
-        constants[atom.name, row.weight] = adjusted
+        constants[atom.name, row.weight] = Coded(
+            adjusted, quantize(_array(atom, row.weight).astype(np.float32), adjusted)
+        )
     biases[str(node.name), index] = codes, scales
 
 
-def _mean_error(atom: Atom, index: int, weight: QParams, source: Stats | None) -> NDArray[np.float32]:
+def _mean_error(atom: Atom, index: int, coded: Coded, source: Stats | None) -> NDArray[np.float32]:
     """What rounding the weights adds to each output channel on average, f32[out] or 0: (W^ - W) E[x].
 
     Nagel et al. 2019 (arXiv 1906.04721, 4.2) with E[x] from calibration; taken off the bias, it removes the shift that
     depthwise layers of a few weights suffer most from."""
     array = _array(atom, index).astype(np.float32)
-    error = fake_quant(array, weight) - array
+    error, weight = dequantize(coded.codes, coded.params) - array, coded.params
     none = np.zeros(1, np.float32)
     if source is None or source.channels is None:
         return none

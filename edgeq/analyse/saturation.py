@@ -54,6 +54,13 @@ def unsaturated(rows: NDArray[Any] | None, params: QParams, target: Target) -> Q
     return fit_pairs(rows, params, limit)
 
 
+def saturates(rows: NDArray[Any] | None, target: Target) -> bool:
+    """Whether codes given as ``kernel_rows`` can add beyond what ``target`` holds."""
+    if rows is None:
+        return False
+    return bool(INPUT_MAX * pair_sums(rows.astype(np.int64)).max(initial=0) > target.limits.pair_sum_max)
+
+
 def certify(model: ir.Model) -> Saturation:
     """What pairs of products can reach in every integer MatMul, Gemm and Conv of a QDQ model, its bodies included."""
     nodes = tuple(sums for node in query.nodes(model) if (sums := _sums(node)) is not None)

@@ -11,6 +11,8 @@ It looks for a DQ with one scale, so such a node reads one that repeats the scal
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import onnx_ir as ir
 
@@ -18,7 +20,7 @@ from edgeq.analyse.encode import Encodings, head_values
 from edgeq.analyse.place import Plan
 from edgeq.ir import edit, query
 from edgeq.num.formats import Int
-from edgeq.num.quant import QParams, quantize
+from edgeq.num.quant import Coded, QParams
 
 SEIZED = ("Conv", "ConvTranspose", "Gemm")  # what the runtime's WeightBiasQuantization takes
 
@@ -48,10 +50,10 @@ def insert_qdq(model: ir.Model, plan: Plan, encodings: Encodings) -> ir.Model:
         if _seized(product):
             _shield(product, names)
     stored: dict[tuple[str, ...], list[ir.Value]] = {}
-    for (node, index), params in encodings.constants.items():
+    for (node, index), coded in encodings.constants.items():
         if node not in plan.integer:
             continue  # encodings of a larger plan serve its parts
-        _quantize_constant(clone.graph, heads[node], index, params, names, stored)
+        _quantize_constant(clone.graph, heads[node], index, coded, names, stored)
     integer_nodes = {str(node.name) for atom in plan.atoms if atom.name in plan.integer for node in atom.nodes}
     for (node, index), (codes, scales) in encodings.biases.items():
         if node not in integer_nodes:
@@ -165,21 +167,24 @@ def _quantize_constant(
     graph: ir.Graph,
     node: ir.Node,
     index: int,
-    params: QParams,
+    coded: Coded,
     names: edit.Names,
     stored: dict[tuple[str, ...], list[ir.Value]],
 ) -> None:
-    """``stored``: codes, scale and zero point by constant and mapping, so that shared weights are shared as codes."""
-    value = node.inputs[index]
-    array = query.constant(value)
-    if value is None or array is None:
-        raise TypeError(f"input {index} of {node.name} is not constant")
-    key = (str(value.name), str(params.quant), str(params.axis), params.scale.tobytes().hex(), str(params.codes))
+    """``stored``: codes, scale and zero point by constant and codes, so that shared weights are shared as codes."""
+    value, params = node.inputs[index], coded.params
+    if value is None:
+        raise TypeError(f"{node.name} has no input {index}")
+    codes = coded.codes.astype(_dtype(params).numpy())
+    key = (str(value.name), str(params.quant), str(params.axis), _digest(params.scale), _digest(codes))
     if key not in stored:
         name = names.fresh(f"{value.name}_quantized")
-        codes = quantize(array.astype(np.float32), params).astype(_dtype(params).numpy())
         stored[key] = [edit.add_initializer(graph, name, codes), *_parameters(graph, name, params, names)]
     _dequantize(graph, node, index, stored[key], params.axis, names)
+
+
+def _digest(array: np.ndarray) -> str:
+    return hashlib.sha256(array.tobytes()).hexdigest()
 
 
 def _quantize_bias(
