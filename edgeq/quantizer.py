@@ -74,21 +74,35 @@ class Quantizer:
     def build(self, plan: placement.Plan) -> ir.Model:
         """The QDQ model of a plan."""
         self._observe(plan)
-        if self.rounded is None:
-            self.rounded = self._round()
         if self.ranges is None:
             self.ranges = self._best_ranges(plan)
+        if self.rounded is None:
+            self.rounded = self._best_rounding(plan, self.ranges)
         return self._built(plan, self.ranges)
 
     def _built(self, plan: placement.Plan, ranges: encoding.Ranges) -> ir.Model:
         encodings = encoding.encode(plan, self.stats, self.context.target, ranges=ranges, rounded=self.rounded)
         return insert_qdq(self.model, plan, encodings)
 
-    def _round(self) -> dict[encoding.Edge, Coded]:
-        """Codes of every weight a plan may quantize, unless nearest ones will do. Ones that the target's kernels can't
-        add without saturation stay nearest."""
+    def _best_rounding(self, plan: placement.Plan, ranges: encoding.Ranges) -> dict[encoding.Edge, Coded]:
+        """Codes by ``rounding`` if they leave less noise on the outputs than nearest ones: a layer's own error falls
+        always, but what calibration hardly ever saw (channels that fire for one class) may pay for it."""
         if self.rounding == "nearest":
             return {}
+        rounded = self._round()
+        with self.context.recorder.step("compare rounding") as facts:
+            probe = Probe(self.model, take(self.context.calibration, RANGE_SAMPLES), self.context.target)
+            noise = {}
+            for name, codes in (("nearest", {}), (self.rounding, rounded)):
+                self.rounded = codes
+                noise[name] = probe.noise(self._built(plan, ranges))
+            facts["snr_db"] = {name: decibel(value) for name, value in noise.items()}
+            facts["chosen"] = min(noise, key=noise.__getitem__)
+        return rounded if facts["chosen"] == self.rounding else {}
+
+    def _round(self) -> dict[encoding.Edge, Coded]:
+        """Codes of every weight a plan may quantize. Ones that the target's kernels can't add without saturation are
+        left out."""
         heads = {
             (atom.name, OPS[atom.head.op_type].weight): atom
             for atom in self.atoms
@@ -97,8 +111,8 @@ class Quantizer:
         wanted = {(name, i): encoding.constant_params(a, i, self.context.target) for (name, i), a in heads.items() if i}
         with self.context.recorder.step("round", len(wanted)) as facts:
             rounded = round_weights(
-                self.model, wanted, self.context.calibration, rounding=self.rounding, threads=self.context.threads,
-                done=self.context.recorder.progress.advance,
+                self.model, wanted, self.context.calibration, rounding=self.rounding, centred=True,
+                threads=self.context.threads, done=self.context.recorder.progress.advance,
             )  # fmt: skip
             sound = {
                 edge: coded

@@ -16,6 +16,8 @@ PRESETS = {
     "float": "canonicalize",
     "fast": "canonicalize; quantize(ranges=minmax)",
     "balanced": "canonicalize; smooth; quantize",
+    "accurate": "canonicalize; smooth; quantize(rounding=gptq, relief=6)",
+    "small": "canonicalize; smooth; weights(format=u4/block32/asym, ops=Gather, rounding=hqq); quantize",
 }
 DEFAULT = "balanced"
 

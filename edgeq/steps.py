@@ -22,6 +22,7 @@ from edgeq.errors import RecipeError
 from edgeq.ir import io, verify
 from edgeq.num.fit import METHODS
 from edgeq.num.quant import parse_quant
+from edgeq.num.rounding import ROUNDERS
 from edgeq.quantizer import Quantizer
 from edgeq.recipe import Recipe, Step
 from edgeq.rewrite.canonicalize import canonicalize as canonicalize_model
@@ -99,11 +100,27 @@ def weights(
     return result
 
 
-def quantize(model: ir.Model, context: Context, *, ranges: str = "auto") -> Quantizer:
-    """Integer weights and activations where the target has kernels. ``ranges``: auto or one of `edgeq list methods`."""
+def quantize(
+    model: ir.Model, context: Context, *, ranges: str = "auto", rounding: str = "nearest", relief: str = "0"
+) -> Quantizer:
+    """Integer weights and activations where the target has kernels. ``ranges``: auto or one of `edgeq list methods`.
+    ``rounding``: of weights. ``relief``: dB of noise to take off by leaving the most harmful nodes float."""
     if ranges != "auto" and ranges not in METHODS:
         raise RecipeError(f"quantize(ranges={ranges}) is not a method", hint="use auto, " + ", ".join(METHODS))
-    return Quantizer(model, context, ranges)
+    if rounding not in ROUNDERS:
+        raise RecipeError(f"quantize(rounding={rounding}) is not known", hint="use " + ", ".join(ROUNDERS))
+    return Quantizer(model, context, ranges, rounding, _decibels(relief))
+
+
+def _decibels(text: str) -> float:
+    """An option in dB, from 0 to 60."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.0 <= value <= 60.0:
+        raise RecipeError(f"quantize(relief={text}) is no number of dB from 0 to 60", hint="3 halves the noise's power")
+    return value
 
 
 StepFunction = Callable[..., Any]

@@ -94,11 +94,14 @@ def round_weights(
     rounding: str = "gptq",
     clip: str = "",
     stages: int = STAGES,
+    centred: bool = False,
     threads: int = 2,
     done: Callable[[], None] = lambda: None,
 ) -> dict[Edge, Coded]:
     """Codes of the constants read at ``wanted``, by a name of ROUNDERS; ``done`` is called after each layer.
 
+    ``centred``: layers' biases will make up for the mean error (the INT8 path's do), so what counts is how errors vary:
+    moments are taken about the mean. Otherwise rounding spends its freedom on what a bias does for nothing.
     ``clip``: a name of CLIPS by which the scales of layers are fitted anew.
 
     What is no weight of a MatMul, Gemm or Conv, or mapped along another axis than these need, is rounded to nearest.
@@ -127,7 +130,7 @@ def round_weights(
         moments = {} if samples is None or blind else _observe(current, stage, samples, threads)
         coded: dict[Edge, Coded] = {}
         for layer in stage:
-            inputs = _sum([moments[source] for source in layer.sources]) if moments else None
+            inputs = _sum([moments[source] for source in layer.sources], centred) if moments else None
             matrix, params = _matrix(layer.weight, layer), _matrix_params(layer)
             result = ROUNDERS[rounding](matrix, CLIPS[clip](matrix, params, inputs) if clip else params, inputs)
             coded |= dict.fromkeys(layer.edges, _back(result, layer))
@@ -278,28 +281,33 @@ class _Moments:
     """Sums of x x^T f32[g, in, in] with their rows: of samples learnt from, of those held out."""
 
     sums: list[F32 | None] = field(default_factory=lambda: [None, None])
+    totals: list[F32 | None] = field(default_factory=lambda: [None, None])  # of x, f32[g, in]
     rows: list[int] = field(default_factory=lambda: [0, 0])
 
     def add(self, X: F32, held: bool) -> None:
         """X f32[g, n, in]."""
-        product, known = X.transpose(0, 2, 1) @ X, self.sums[held]
-        self.sums[held] = product if known is None else np.add(known, product, out=known)
+        for sums, new in ((self.sums, X.transpose(0, 2, 1) @ X), (self.totals, X.sum(axis=1))):
+            known = sums[held]
+            sums[held] = new if known is None else np.add(known, new, out=known)
         self.rows[held] += X.shape[1]
 
 
-def _sum(moments: Sequence[_Moments]) -> Inputs:
+def _sum(moments: Sequence[_Moments], centred: bool) -> Inputs:
     """What a layer reads in all its places."""
-    learnt, held = ([(total, m.rows[part]) for m in moments if (total := m.sums[part]) is not None] for part in (0, 1))
+    learnt, held = ([m for m in moments if m.sums[part] is not None] for part in (0, 1))
     if not learnt:
         raise SampleError("calibration has no row for a layer", hint="use samples that are not all padding")
-    (H, rows), judge = _mean(learnt), _mean(held)[0] if held else None
-    return Inputs(H, rows, judge)
+    H, judge = _mean(learnt, 0, centred), _mean(held, 1, centred) if held else None
+    return Inputs(H, sum(m.rows[0] for m in learnt), judge)
 
 
-def _mean(parts: Sequence[tuple[F32, int]]) -> tuple[F32, int]:
-    """2/n of the sums of n rows, and n."""
-    rows = sum(rows for _, rows in parts)
-    return np.asarray(np.sum([total for total, _ in parts], axis=0) * np.float32(2 / rows), np.float32), rows
+def _mean(moments: Sequence[_Moments], part: int, centred: bool) -> F32:
+    """2/n of the sums of n rows, about 0 or about the mean, f32[g, in, in]."""
+    rows = sum(m.rows[part] for m in moments)
+    sums, totals = (np.sum([getattr(m, name)[part] for m in moments], axis=0) for name in ("sums", "totals"))
+    mean = totals.astype(np.float64) / rows
+    about = mean[:, :, None] * mean[:, None, :] if centred else 0.0
+    return np.asarray(2 * (sums / rows - about), np.float32)
 
 
 def _observe(model: ir.Model, stage: Sequence[Layer], samples: Samples, threads: int) -> dict[Source, _Moments]:

@@ -51,6 +51,7 @@ class Draft:
     plan: Plan | None = None
     coverage: Coverage | None = None
     checks: tuple[Check, ...] = ()
+    relieved: bool = False  # has as little noise as the recipe asks for
     kept_float: Mapping[str, str] = field(default_factory=dict)
     asked: bool = False
 
@@ -84,6 +85,7 @@ def settle(
         facts["candidates"] = len(floats) + len(accurate)
     proven = [draft for draft in accurate if all(r.high < 1 for r in ratios[draft.name])]
     unproven = next((draft for draft in floats if draft.asked), best_float)
+    proven = [draft for draft in proven if draft.relieved] or proven
     chosen = min(proven, key=lambda draft: _mean(ratios[draft.name]), default=unproven)
     rows = [_row(draft, ratios.get(draft.name), chosen, best_float) for draft in (*floats, *drafts)]
     if quantizer is not None and chosen is unproven:
@@ -103,14 +105,32 @@ def _integer_drafts(quantizer: Quantizer, judge: Judge, context: Context, folder
     made = [first] if second is None or _same(first, second) else [first, second]
     drafts = [_judged(draft, judge, context) for draft in made]
     if any(draft.accurate for draft in drafts):
-        return drafts
+        return [*drafts, *_relief(drafts, quantizer, judge, context, folder)]
     third = _draft("int8 where weights are", quantizer, context, folder, _without_weights(quantizer))
     if third is not None and third.plan is not None and not any(_same(third, draft) for draft in drafts):
         drafts.append(_judged(third, judge, context))
         if drafts[-1].accurate:
-            return drafts
+            return [*drafts, *_relief(drafts, quantizer, judge, context, folder)]
     best = max(drafts, key=_snr)
-    return [*drafts, *_repairs(best, quantizer, judge, context, folder)]
+    drafts += _repairs(best, quantizer, judge, context, folder)
+    return [*drafts, *_relief(drafts, quantizer, judge, context, folder)]
+
+
+def _relief(
+    drafts: Sequence[Draft], quantizer: Quantizer, judge: Judge, context: Context, folder: Path
+) -> Iterator[Draft]:
+    """The most exact of ``drafts`` with so many of its most harmful atoms in float that the recipe's relief is met:
+    what an accurate draft is given up for when accuracy is wanted beyond the limits."""
+    best = max((draft for draft in drafts if draft.accurate), key=_snr, default=None)
+    if not quantizer.relief_db or best is None or best.plan is None:
+        return
+    ranked = _ranked(quantizer.sensitivity(best.plan), quantizer)
+    count = _count([value for _, value in ranked], quantizer.relief_db)
+    reasons = {name: f"quantized alone it leaves {decibel(value):.1f} dB of SNR" for name, value in ranked[:count]}
+    name = f"{best.name}, {quantizer.relief_db:g} dB relieved"
+    relieved = _draft(name, quantizer, context, folder, {**best.kept_float, **reasons})
+    if relieved is not None and relieved.plan is not None:
+        yield replace(_judged(relieved, judge, context), relieved=True)
 
 
 def _without_weights(quantizer: Quantizer) -> dict[str, str]:
@@ -188,8 +208,13 @@ def _repairs(draft: Draft, quantizer: Quantizer, judge: Judge, context: Context,
 def _counts(noise: list[float]) -> list[int]:
     """How many of the first atoms to give up so that the noise left falls by each step of ``RELIEF_DB``. Noise of atoms
     adds up, as their errors are nearly independent."""
+    return sorted({_count(noise, db) for db in RELIEF_DB} if noise else [])
+
+
+def _count(noise: list[float], relief_db: float) -> int:
+    """How many of the first must go for the noise left to be ``relief_db`` below that of all."""
     left = np.sum(noise) - np.cumsum(noise)
-    return sorted({int(np.argmax(left <= np.sum(noise) * 10 ** (-db / 10))) + 1 for db in RELIEF_DB} if noise else [])
+    return int(np.argmax(left <= np.sum(noise) * 10 ** (-relief_db / 10))) + 1 if noise else 0
 
 
 def _ranked(noise: Mapping[str, float], quantizer: Quantizer) -> list[tuple[str, float]]:
@@ -233,6 +258,8 @@ def _row(draft: Draft, ratios: Sequence[Ratio] | None, chosen: Draft, best_float
         why = "the best float file" if draft is best_float else "not the fastest float file"
     elif ratios is not None and any(r.high >= 1 for r in ratios):
         why = "not proven faster than the best float file"
+    elif chosen.relieved and not draft.relieved:
+        why = "accurate and faster than float, but with more noise than the recipe asks for"
     else:
         why = "accurate and faster than float, but not the fastest"
     return {
