@@ -81,8 +81,10 @@ class Quantizer:
         return self._built(plan, self.ranges)
 
     def _built(self, plan: placement.Plan, ranges: encoding.Ranges) -> ir.Model:
-        encodings = encoding.encode(plan, self.stats, self.context.target, ranges=ranges, rounded=self.rounded)
-        return insert_qdq(self.model, plan, encodings)
+        return insert_qdq(self.model, plan, self._encoded(plan, ranges))
+
+    def _encoded(self, plan: placement.Plan, ranges: encoding.Ranges) -> encoding.Encodings:
+        return encoding.encode(plan, self.stats, self.context.target, ranges=ranges, rounded=self.rounded)
 
     def _best_rounding(self, plan: placement.Plan, ranges: encoding.Ranges) -> dict[encoding.Edge, Coded]:
         """Codes by ``rounding`` if they leave less noise on the outputs than nearest ones: a layer's own error falls
@@ -103,12 +105,13 @@ class Quantizer:
     def _round(self) -> dict[encoding.Edge, Coded]:
         """Codes of every weight a plan may quantize. Ones that the target's kernels can't add without saturation are
         left out."""
-        heads = {
-            (atom.name, OPS[atom.head.op_type].weight): atom
+        weighed = {
+            (atom.name, index): atom
             for atom in self.atoms
-            if atom.verdict.kind == "integer" and OPS[atom.head.op_type].weight in atom.constants
+            for index in atom.constants
+            if atom.verdict.kind == "integer" and index == OPS[atom.head.op_type].weight
         }
-        wanted = {(name, i): encoding.constant_params(a, i, self.context.target) for (name, i), a in heads.items() if i}
+        wanted = {edge: encoding.constant_params(atom, edge[1], self.context.target) for edge, atom in weighed.items()}
         with self.context.recorder.step("round", len(wanted)) as facts:
             rounded = round_weights(
                 self.model, wanted, self.context.calibration, rounding=self.rounding, centred=True,
@@ -117,7 +120,7 @@ class Quantizer:
             sound = {
                 edge: coded
                 for edge, coded in rounded.items()
-                if not saturates(kernel_rows(heads[edge].head, coded.codes), self.context.target)
+                if not saturates(kernel_rows(weighed[edge].head, coded.codes), self.context.target)
             }
             facts.update(rounding=self.rounding, weights=len(sound), saturating=len(rounded) - len(sound))
         return sound
@@ -217,7 +220,7 @@ class Quantizer:
     def job(self, plan: placement.Plan) -> Job:
         """What ``ranking`` measures."""
         self._observe(plan)
-        encodings = encoding.encode(plan, self.stats, self.context.target, ranges=self.ranges or RANGES[0])
+        encodings = self._encoded(plan, self.ranges or RANGES[0])
         return Job(
             self.model, plan, encodings, lambda part, some: insert_qdq(part, some, encodings),
             segments(self.model, self.atoms, self.shapes, self.costs.float_ns),

@@ -17,7 +17,7 @@ PRESETS = {
     "fast": "canonicalize; quantize(ranges=minmax)",
     "balanced": "canonicalize; smooth; quantize",
     "accurate": "canonicalize; smooth; quantize(rounding=gptq, relief=6)",
-    "small": "canonicalize; smooth; weights(format=u4/block32/asym, ops=Gather, rounding=hqq); quantize",
+    "small": "canonicalize; smooth; weights(format=u4/block32/asym, ops=Gather); quantize",
 }
 DEFAULT = "balanced"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,7 +16,7 @@ from edgeq.analyse.encode import Ranges, encode, observed, unholdable
 from edgeq.context import Context
 from edgeq.errors import ModelError
 from edgeq.num.fit import fit_range
-from edgeq.num.quant import dequantize, quantize
+from edgeq.num.quant import Coded, dequantize, quantize
 from edgeq.quantizer import Quantizer
 from edgeq.report.recorder import Recorder
 from edgeq.rewrite.qdq import insert_qdq
@@ -248,3 +249,17 @@ def test_a_clip_behind_a_convolution_always_folds(below: float, above: float, ta
     np.testing.assert_allclose(made.fused()["y"], made.unfused()["y"], atol=1.01 * (below + above) / 255)
     assert -below <= made.fused()["y"].min() * (1 - 1e-6)
     assert made.fused()["y"].max() * (1 - 1e-6) <= above
+
+
+def test_codes_found_elsewhere_are_stored_and_their_shift_is_corrected() -> None:
+    """Codes rounded down instead of to nearest: the file holds just these, and the bias takes their mean error."""
+    text = f"(float[1,8,6,6] x) => (float[1,8,6,6] y) {{ y = {POINT}(x, w, b) }}"
+    made = placed(text, {"w": coarse(8, 8, 1, 1), "b": normal(8)}, feeds=positive(8, 1, 8, 6, 6))
+    ((edge, plain),) = made.encodings.constants.items()
+    down = np.maximum(plain.codes - 1, -127)
+    rounded = {edge: Coded(plain.params, down.astype(np.int32))}
+    encodings = encode(made.plan, made.stats, made.target, ranges=MINMAX, rounded=rounded)
+    model = insert_qdq(made.source, made.plan, encodings)
+    stored = [v.const_value.numpy() for v in model.graph.initializers.values() if v.dtype == ir.DataType.INT8]
+    assert any(np.array_equal(array, down) for array in stored if array.shape == down.shape)
+    np.testing.assert_allclose(shift(made, model), 0, atol=2 * float(made.encodings.activations["y"].scale))

@@ -64,3 +64,19 @@ def test_what_cannot_be_read_is_named(text: str, message: str, hint: str) -> Non
         parse(text, steps.KNOWN)
     assert message in caught.value.message
     assert hint in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "hint"),
+    [
+        ("quantize(rounding=nearst)", "quantize(rounding=nearst) is not known", "gptq"),
+        ("quantize(relief=much)", "quantize(relief=much) is no number of dB from 0 to 60", "3 halves"),
+        ("quantize(relief=-3)", "quantize(relief=-3) is no number of dB from 0 to 60", "3 halves"),
+    ],
+)
+def test_values_of_options_are_checked_before_any_work(text: str, message: str, hint: str) -> None:
+    step = parse(text, steps.KNOWN).steps[0]
+    with pytest.raises(RecipeError) as caught:
+        steps.quantize(None, None, **step.options)  # type: ignore[arg-type]  # neither is looked at
+    assert message in str(caught.value)
+    assert hint in str(caught.value.hint)

@@ -34,7 +34,7 @@ Rule = Callable[[set[str]], bool]
 
 
 def settled(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rule: Rule, text: str = NET
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rule: Rule, text: str = NET, **options: str
 ) -> tuple[Settled, Context, list[set[str]]]:
     """A model settled under a judge that passes a file by the names of its float Convs; and what the judge saw."""
     monkeypatch.setattr(settling, "DECIDE_SECONDS", 0.5)
@@ -54,7 +54,7 @@ def settled(
 
     emit(model.clone(), target, tmp_path / "float.onnx")
     floats = [Draft("float as given", tmp_path / "float.onnx", model)]
-    return settle(floats, steps.quantize(model, context), judge, feeds, context, tmp_path), context, seen
+    return settle(floats, steps.quantize(model, context, **options), judge, feeds, context, tmp_path), context, seen
 
 
 def codes_of(context: Context) -> set[str]:
@@ -97,6 +97,16 @@ def test_repair_gives_back_the_culprit_and_keeps_the_rest(tmp_path: Path, monkey
     assert "Conv_node_6" in seen[-1], "the repair ends with the first accurate file"
     assert len(seen[-1]) < 6, "the rest stays integer"
     assert all("Conv_node_6" not in convs for convs in seen[:-1])
+
+
+def test_relief_gives_up_speed_for_less_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, context, seen = settled(tmp_path, monkeypatch, lambda convs: True, relief="6")
+    relieved = [row for row in found.trials if "6 dB relieved" in str(row["name"])]
+    assert len(relieved) == 1
+    assert 0 < len(seen[-1]) < 6, "some convolutions are float again, some are not"
+    if relieved[0]["latency_ratio"][0] < 1 and found.chosen.plan is not None:
+        assert found.chosen.name == relieved[0]["name"]
+    assert [facts.name for facts in context.recorder.steps].count("sensitivity") == 1
 
 
 def test_nothing_to_quantize_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

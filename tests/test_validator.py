@@ -14,10 +14,12 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from edgeq.errors import ModelError, SampleError, UsageError
+from edgeq.num.intervals import Interval
 from edgeq.report.record import Check
 from edgeq.run.record import Samples
 from edgeq.run.timing import TimedConfig
 from edgeq.validator import Judge, accuracy, latency, size, validate
+from edgeq.validator.limits import held
 from edgeq.validator.score import jackknife
 
 CLASSES = 5
@@ -353,3 +355,13 @@ def test_size_counts_external_data(tmp_path):
     expected = (tmp_path / "e.onnx").stat().st_size + (tmp_path / "e.data").stat().st_size
     assert checks["size_bytes"].value == expected
     assert checks["size_ratio"].value == pytest.approx(expected / reference.stat().st_size)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "limit"), [("top1_drop", 0.905 - 0.9, 0.005), ("cosine", 0.99 - 1e-13, 0.99)]
+)
+def test_a_limit_is_met_to_the_last_digits(name, value, limit):
+    """One sample of 200 is .005000000000000004 in floating point."""
+    assert held(name, Interval(value, None, None), {name: limit}).passed
+    worse = value + (-1e-3 if name == "cosine" else 1e-3)
+    assert not held(name, Interval(worse, None, None), {name: limit}).passed

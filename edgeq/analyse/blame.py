@@ -17,7 +17,7 @@ from edgeq.analyse.stats import Stats
 from edgeq.ir import query
 from edgeq.ir.ops import OPS
 from edgeq.num.predict import decibel, range_snr_db
-from edgeq.num.quant import QParams, fake_quant
+from edgeq.num.quant import Coded, QParams, dequantize
 
 OUTLIER = 4.0  # a channel is one when its largest value is so many times the median channel's
 
@@ -67,12 +67,12 @@ def _spread(seen: Stats, params: QParams) -> str:
     return crest
 
 
-def _constant(atom: Atom, index: int, params: QParams) -> Loss:
+def _constant(atom: Atom, index: int, coded: Coded) -> Loss:
     array = query.constant(atom.head.inputs[index])
     assert array is not None, f"input {index} of {atom.name} is constant"
     wide = array.astype(np.float64)
-    error = float(np.square(wide - fake_quant(array.astype(np.float32), params)).sum())
+    error = float(np.square(wide - dequantize(coded.codes, coded.params)).sum())
     what = "its weights" if OPS[atom.head.op_type].weight == index else f"its constant input {index}"
     power = float(np.square(wide).sum())
     crest = float(np.abs(wide).max(initial=0.0)) / np.sqrt(power / max(wide.size, 1)) if power else 0.0
-    return Loss(what, decibel(power, error), f"{params.quant}, the largest is {crest:.0f} times the RMS")
+    return Loss(what, decibel(power, error), f"{coded.params.quant}, the largest is {crest:.0f} times the RMS")

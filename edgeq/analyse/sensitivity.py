@@ -11,6 +11,7 @@ of its segment. Samples run side by side on sessions of one thread, which two co
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
@@ -161,7 +162,8 @@ def _parameters(atom: Atom, job: Job) -> list[object]:
     """All that makes an atom of the plan integer, as texts."""
     edges = [str(value.name) for value in _edges(atom, job.plan)]
     codes = [(name, _text(job.encodings.activations[name])) for name in edges]
-    constants = [(index, _text(job.encodings.constants[atom.name, index])) for index in atom.constants]
+    coded = [job.encodings.constants[atom.name, index] for index in atom.constants]
+    constants = [(_text(one.params), hashlib.sha256(one.codes.tobytes()).hexdigest()) for one in coded]
     node, index = (str(atom.bias[0].name), atom.bias[1]) if atom.bias is not None else ("", 0)
     bias = [array.tobytes().hex() for array in job.encodings.biases.get((node, index), ())]
     return [atom.name, codes, constants, bias]
