@@ -18,6 +18,7 @@ from edgeq.analyse.blame import blame
 from edgeq.analyse.cost import concrete_shapes
 from edgeq.analyse.coverage import read_back
 from edgeq.analyse.measure import measure
+from edgeq.analyse.readers import by_readers
 from edgeq.analyse.rounding import round_weights
 from edgeq.analyse.saturation import kernel_rows, saturates
 from edgeq.analyse.segments import segments
@@ -29,11 +30,13 @@ from edgeq.ir.ops import OPS
 from edgeq.num.quant import Coded
 from edgeq.report.record import AtomNoise, Coverage
 from edgeq.rewrite.qdq import insert_qdq
+from edgeq.run.record import Samples
 from edgeq.run.samples import take
 
 SENSITIVITY_SAMPLES = 32
 REFINE_SAMPLES = 8
 RANGE_SAMPLES = 16
+READER_SAMPLES = 8
 LEAST_REDUCTION = 0.9  # noise a tensor's own range method must cut to, against the model's choice
 RANGES = (encoding.Ranges("mse"), encoding.Ranges("percentile"), encoding.Ranges("minmax"))
 PROFILE_SAMPLES = 4
@@ -48,7 +51,8 @@ class Quantizer:
     ) -> None:
         """``relief_db``: how much less noise than all that fuses makes is wanted, whatever limits say."""
         self.model, self.context, self.rounding, self.relief_db = model, context, rounding, relief_db
-        self.ranges: encoding.Ranges | None = None if ranges == "auto" else encoding.Ranges(ranges, ranges)
+        self.ranges: encoding.Ranges | None = None if ranges in ("auto", "search") else encoding.Ranges(ranges, ranges)
+        self.searched = ranges == "search"
         first = context.calibration.read(0)
         self.shapes = concrete_shapes(model, first)
         with context.recorder.step("oracle") as facts:
@@ -126,14 +130,23 @@ class Quantizer:
         return sound
 
     def _best_ranges(self, plan: placement.Plan) -> encoding.Ranges:
-        """Of the choices in ``RANGES`` the one whose model puts the least noise on the outputs."""
+        """One method for the model or, where that is searched too, for each tensor the one its readers want: what puts
+        the least noise on the outputs."""
+        samples = take(self.context.calibration, RANGE_SAMPLES)
         with self.context.recorder.step("ranges") as facts:
-            probe = Probe(self.model, take(self.context.calibration, RANGE_SAMPLES), self.context.target)
-            noise = [probe.noise(self._built(plan, ranges)) for ranges in RANGES]
-            best = RANGES[noise.index(min(noise))]
-            facts["snr_db"] = {ranges.base: decibel(value) for ranges, value in zip(RANGES, noise, strict=True)}
-            facts["chosen"] = best.base
-        return best
+            choices = {ranges.base: ranges for ranges in RANGES}
+            if self.searched:
+                choices["by reader"] = replace(RANGES[0], exact=self._by_readers(plan, take(samples, READER_SAMPLES)))
+            probe = Probe(self.model, samples, self.context.target)
+            noise = {name: probe.noise(self._built(plan, ranges)) for name, ranges in choices.items()}
+            best = min(noise, key=noise.__getitem__)
+            facts["snr_db"] = {name: decibel(value) for name, value in noise.items()}
+            facts["chosen"] = best
+        return choices[best]
+
+    def _by_readers(self, plan: placement.Plan, samples: Samples) -> dict[str, str]:
+        context = self.context
+        return by_readers(self.model, plan, self.stats, samples, context.target, threads=context.threads)
 
     def refine_ranges(self, plan: placement.Plan, names: Iterable[str]) -> int:
         """Try every range method on the tensors of the atoms ``names`` alone; keep what hurts the outputs least.

@@ -103,10 +103,11 @@ def weights(
 def quantize(
     model: ir.Model, context: Context, *, ranges: str = "auto", rounding: str = "nearest", relief: str = "0"
 ) -> Quantizer:
-    """Integer weights and activations where the target has kernels. ``ranges``: auto or one of `edgeq list methods`.
+    """Integer weights and activations where the target has kernels. ``ranges``: auto (the model's best), search (or
+    each tensor's best for what reads it) or one of `edgeq list methods`.
     ``rounding``: of weights. ``relief``: dB of noise to take off by leaving the most harmful nodes float."""
-    if ranges != "auto" and ranges not in METHODS:
-        raise RecipeError(f"quantize(ranges={ranges}) is not a method", hint="use auto, " + ", ".join(METHODS))
+    if ranges not in ("auto", "search", *METHODS):
+        raise RecipeError(f"quantize(ranges={ranges}) is not a method", hint="use auto, search, " + ", ".join(METHODS))
     if rounding not in ROUNDERS:
         raise RecipeError(f"quantize(rounding={rounding}) is not known", hint="use " + ", ".join(ROUNDERS))
     return Quantizer(model, context, ranges, rounding, _decibels(relief))
