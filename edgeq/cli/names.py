@@ -46,7 +46,8 @@ def _steps() -> Table:
 def _with_options(function: Callable[..., Any]) -> str:
     parameters = inspect.signature(function).parameters.values()
     words = [f"{p.name}={p.default}" for p in parameters if p.kind is p.KEYWORD_ONLY]
-    return f"{inspect.getdoc(function)}" + (f" Options: {', '.join(words)}." if words else " No options.")
+    told = " ".join((inspect.getdoc(function) or "").split())
+    return told + (f" Options: {', '.join(words)}." if words else " No options.")
 
 
 def _errors() -> Table:
