@@ -86,13 +86,13 @@ def test_each_atom_is_measured_alone() -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 3, None])
 def test_each_atom_is_restored_alone_however_the_graph_is_cut(count: int | None) -> None:
-    """Kernels of a part may fuse otherwise than in the whole, so a code may round to its neighbour: 10 %, 0.4 dB."""
+    """Float kernels of a part may be laid out otherwise than in the whole, so a code may round to its neighbour."""
     made = placed(BLOCK, WEIGHTS)
     job = job_of(made, count)
     every = set(made.plan.integer)
     for name, noise in sensitivity(job, "restored").items():
-        assert noise.power == pytest.approx(naive(made, every - {name}), rel=0.1)
-    assert together(job).power == pytest.approx(naive(made, every), rel=0.1)
+        assert noise.power == pytest.approx(naive(made, every - {name}), rel=0.02)
+    assert together(job).power == pytest.approx(naive(made, every), rel=0.02)
 
 
 def test_outputs_and_values_that_cross_segments_are_not_lost() -> None:
@@ -113,7 +113,7 @@ def test_outputs_and_values_that_cross_segments_are_not_lost() -> None:
         for name, noise in sensitivity(job, "alone").items():
             assert noise.power == pytest.approx(alone[name], rel=1e-2), (count, name)
         for name, noise in sensitivity(job, "restored").items():
-            assert noise.power == pytest.approx(restored[name], rel=0.1), (count, name)
+            assert noise.power == pytest.approx(restored[name], rel=0.02), (count, name)
 
 
 def test_few_bytes_mean_more_passes_and_the_same_answer() -> None:
@@ -277,9 +277,9 @@ def test_the_command_ranks_explains_and_remembers(
 
 @pytest.mark.zoo
 def test_a_real_model_is_measured_as_in_the_plain_way() -> None:
-    """Alone: the same kernels and nearly the same sums. Restored: kernels may fuse otherwise across a cut."""
+    """The same kernels and nearly the same sums: the two answers agree."""
     alone, restored = measure("MBV2", 2)
     assert alone.spearman > 0.999
     assert alone.most_apart_db < 0.05
     assert restored.median_apart_db < 0.01
-    assert restored.most_apart_db < 1.5
+    assert restored.most_apart_db < 0.3

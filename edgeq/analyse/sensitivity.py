@@ -37,7 +37,7 @@ from edgeq.run.session import open_session, run_session
 from edgeq.target.detect import cpu_flags
 from edgeq.target.record import Target
 
-VERSION = 1  # raised when the same question would get another answer: stored ones are then not found
+VERSION = 2  # raised when the same question would get another answer: stored ones are then not found
 BYTE_BUDGET = 256 << 20
 
 Direction = Literal["alone", "restored"]

@@ -112,9 +112,7 @@ def main(names: tuple[str, ...], samples: int, out: Path | None) -> None:
     rows = [row for name in names or NAMES for row in measure(name, samples)]
     if out:
         out.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
-    table = Table(
-        "model", "direction", "atoms", "plain s", "segments s", "faster", "Spearman", "apart dB: median", "most"
-    )
+    table = Table("model", "direction", "atoms", "plain s", "s", "times", "Spearman", "median dB apart", "most")
     for row in rows:
         table.add_row(
             row.name, row.direction, str(row.atoms), f"{row.plain_seconds:.1f}", f"{row.seconds:.1f}",
