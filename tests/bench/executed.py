@@ -35,7 +35,7 @@ def quantizes(path: Path) -> bool:
     while graphs:
         graph = graphs.pop()
         for node in graph.node:
-            if node.op_type in INTEGER or "Quant" in node.op_type or "NBits" in node.op_type:
+            if node.op_type in INTEGER or "quant" in node.op_type.lower() or "NBits" in node.op_type:
                 return True
             graphs += [each for field in node.attribute for each in (*field.graphs, *([field.g] * field.HasField("g")))]
     return False
