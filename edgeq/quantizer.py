@@ -92,7 +92,7 @@ class Quantizer:
 
     def _best_rounding(self, plan: placement.Plan, ranges: encoding.Ranges) -> dict[encoding.Edge, Coded]:
         """Codes by ``rounding`` if they leave less noise on the outputs than nearest ones: a layer's own error falls
-        always, but what calibration hardly ever saw (channels that fire for one class) may pay for it."""
+        always, but where activations make the noise the outputs may not tell."""
         if self.rounding == "nearest":
             return {}
         rounded = self._round()

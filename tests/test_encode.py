@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from edgeq.analyse.coverage import read_back
-from edgeq.analyse.encode import Ranges, encode, observed, unholdable
+from edgeq.analyse.encode import Ranges, constant_params, encode, observed, unholdable
 from edgeq.context import Context
 from edgeq.errors import ModelError
 from edgeq.num.fit import fit_range
@@ -263,3 +263,23 @@ def test_codes_found_elsewhere_are_stored_and_their_shift_is_corrected() -> None
     stored = [v.const_value.numpy() for v in model.graph.initializers.values() if v.dtype == ir.DataType.INT8]
     assert any(np.array_equal(array, down) for array in stored if array.shape == down.shape)
     np.testing.assert_allclose(shift(made, model), 0, atol=2 * float(made.encodings.activations["y"].scale))
+
+
+def test_a_raised_scale_leaves_the_codes_of_other_channels_as_they_were_found() -> None:
+    """And the bias makes up for the codes that are stored, not for those from before the scale was raised."""
+    feeds = [{"x": np.full((1, 8, 6, 6), 1e-7 * i, np.float32)} for i in (1, 2, 3)]
+    weights = {"w": normal(8, 8, 1, 1) * 1e-4, "b": np.array([0, 1, 5, 9, 1e3, 2, 2, -9], np.float32)}
+    made = placed(f"(float[1,8,6,6] x) => (float[1,8,6,6] y) {{ y = {POINT}(x, w, b) }}", weights, feeds=feeds)
+    ((edge, raised),) = made.encodings.constants.items()
+    plain = constant_params(made.plan.atoms[0], 1, made.target)
+    other = raised.params.scale != plain.scale
+    assert 0 < other.sum() < 8
+    nearest = quantize(weights["w"], plain)
+    down = Coded(plain, np.maximum(nearest - 1, -127))
+    encodings = encode(made.plan, made.stats, made.target, ranges=MINMAX, rounded={edge: down})
+    found = encodings.constants[edge]
+    np.testing.assert_array_equal(found.codes[~other], down.codes[~other])
+    np.testing.assert_array_equal(found.codes[other], quantize(weights["w"], found.params)[other])
+    ((codes, scales),) = encodings.biases.values()
+    error = (dequantize(found.codes, found.params) - weights["w"])[:, :, 0, 0] @ made.stats["x"].channels.mean
+    np.testing.assert_allclose(codes * scales.astype(np.float64), weights["b"] - error, rtol=1e-6, atol=1e-9)

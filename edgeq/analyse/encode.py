@@ -27,6 +27,8 @@ from edgeq.target.record import Target
 
 Edge = tuple[str, int]  # node name, input index
 
+FITS = 3  # a bias that raises a scale is fitted again, as other codes have another mean error; once is enough mostly
+
 PRODUCTS = ("MatMul", "Gemm")
 SUMS = ("Add", "Where")  # what puts an attention mask on scores
 HIDDEN = -1e3  # a score that Softmax makes 0 in every float format beside those of ordinary size: a mask by any means
@@ -233,20 +235,28 @@ def _bias(
     array = query.constant(node.inputs[index])
     if array is None:
         raise TypeError(f"bias of {atom.name} is not constant")
-    coded = constants[atom.name, row.weight]
-    weight = coded.params
-    scale_x = float(activations[str(atom.inputs[0].name)].scale)
-    wanted = array.astype(np.float32).reshape(-1) - _mean_error(atom, row.weight, coded, source)
-    codes, scales, adjusted = fit.fit_bias(
-        wanted, scale_x, weight, products=_array(atom, row.weight).size // wanted.size
-    )
-    if adjusted is not weight and not np.array_equal(adjusted.scale, weight.scale):
-        raised = int(np.count_nonzero(adjusted.scale != weight.scale))
+    edge, bias = (atom.name, row.weight), array.astype(np.float32).reshape(-1)
+    products, scale_x = _array(atom, row.weight).size // bias.size, float(activations[str(atom.inputs[0].name)].scale)
+    given = constants[edge].params.scale
+    for _ in range(FITS):
+        wanted = bias - _mean_error(atom, row.weight, constants[edge], source)
+        codes, scales, adjusted = fit.fit_bias(wanted, scale_x, constants[edge].params, products=products)
+        if np.array_equal(adjusted.scale, constants[edge].params.scale):
+            break
+        constants[edge] = _rescaled(constants[edge], adjusted, _array(atom, row.weight))
+    raised = int(np.count_nonzero(constants[edge].params.scale != given))
+    if raised:
         notes.append(f"{atom.name}: weight scale raised on {raised} channels so that the int32 bias fits")
-        constants[atom.name, row.weight] = Coded(
-            adjusted, quantize(_array(atom, row.weight).astype(np.float32), adjusted)
-        )
     biases[str(node.name), index] = codes, scales
+
+
+def _rescaled(coded: Coded, params: QParams, array: NDArray[Any]) -> Coded:
+    """Nearest codes where the scale is another now; all others stay, however they were found."""
+    nearest = quantize(array.astype(np.float32), params)
+    same = params.scale == coded.params.scale
+    if params.axis is not None:
+        same = same.reshape([-1 if axis == params.axis % array.ndim else 1 for axis in range(array.ndim)])
+    return Coded(params, np.where(same, coded.codes, nearest))
 
 
 def _mean_error(atom: Atom, index: int, coded: Coded, source: Stats | None) -> NDArray[np.float32]:
