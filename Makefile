@@ -25,7 +25,7 @@ check: lint  ## before each commit: no real models, under 90 s on 2 cores
 	$(BIN)/pytest
 
 check-all: check qemu zoo  ## the zoo tests run the samples too
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m slow --durations 8
 
 lint: venv
 	$(BIN)/ruff check .
@@ -40,7 +40,7 @@ qemu:  ## CPUs this one isn't, for tests/test_saturation.py; in CI (CI=true) tho
 
 zoo: venv
 	$(BIN)/python -m tests.zoo fetch
-	$(BIN)/pytest -m zoo
+	$(BIN)/pytest -m zoo --durations 12
 
 samples: venv
 	set -e; for sample in $(SAMPLES); do echo "== $$sample"; $(BIN)/python $$sample; done
