@@ -16,7 +16,7 @@ PRESETS = {
     "float": "canonicalize",
     "fast": "canonicalize; quantize(ranges=minmax)",
     "balanced": "canonicalize; smooth; quantize",
-    "accurate": "canonicalize; smooth; quantize(ranges=search, rounding=gptq, relief=6)",
+    "accurate": "canonicalize; smooth; equalize; quantize(ranges=search, rounding=gptq, relief=6)",
     "small": "canonicalize; smooth; weights(format=u4/block32/asym, ops=Gather); quantize",
 }
 DEFAULT = "balanced"

@@ -10,12 +10,15 @@ import inspect
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any
 
 import onnx_ir as ir
 
-from edgeq.analyse import smoothing
+from edgeq.analyse import equalizing, smoothing
+from edgeq.analyse.observe import observe
 from edgeq.analyse.rounding import round_weights
+from edgeq.analyse.sensitivity import Probe, decibel
 from edgeq.analyse.weights import snr_db, storable
 from edgeq.context import Context
 from edgeq.errors import RecipeError
@@ -23,12 +26,16 @@ from edgeq.ir import io, verify
 from edgeq.num.fit import METHODS
 from edgeq.num.quant import parse_quant
 from edgeq.num.rounding import ROUNDERS
-from edgeq.quantizer import Quantizer
+from edgeq.quantizer import LEAST_REDUCTION, Quantizer
 from edgeq.recipe import Recipe, Step
 from edgeq.rewrite.canonicalize import canonicalize as canonicalize_model
+from edgeq.rewrite.equalize import equalize as equalize_model
 from edgeq.rewrite.smooth import smooth as smooth_model
 from edgeq.rewrite.weights import store_weights, ways_of
+from edgeq.run.samples import split, take
 
+EQUALIZE_HELD, EQUALIZE_SAMPLES = 0.25, 16  # share of the samples, and how many of them, that judge and don't teach
+EQUAL = 1e-5  # noise-to-signal power up to which two float models are one
 CHECK_SAMPLES = 2  # a rewrite is compared on so many samples: it is wrong everywhere or nowhere
 
 
@@ -59,6 +66,31 @@ def smooth(model: ir.Model, context: Context) -> ir.Model:
     added = [str(node.name) for node in result.graph if node.name not in known]
     context.keep_float.update(dict.fromkeys(added, "it evens out channels before they are rounded, not after"))
     return result
+
+
+def equalize(model: ir.Model, context: Context) -> ir.Model:
+    """Even out the channels between convolutions (cross-layer equalization), if the quantized outputs gain by it."""
+    found = equalizing.pairs(model)
+    if not found or len(context.calibration) < 2:
+        return model
+    learnt, held = split(context.calibration, fraction=EQUALIZE_HELD, seed=context.seed)
+    probe = Probe(model, take(held, EQUALIZE_SAMPLES), context.target, context.threads)
+    with context.recorder.step("equalize", len(learnt)) as facts:
+        tensors = [pair.tensor for pair in found]
+        stats = observe(model, tensors, learnt, threads=context.threads, progress=context.recorder.progress)
+        chosen = equalizing.search(found, stats)
+        facts["pairs"] = len(chosen)
+    if not chosen:
+        return model
+    result = equalize_model(model, chosen)
+    if probe.noise(result) > EQUAL:  # a Clip cuts what the samples learnt from had not shown
+        chosen = [one for one in chosen if not isfinite(one.pair.top)]
+        result = equalize_model(model, chosen)
+    noise = [probe.noise(Quantizer(one, context, "auto").fused()[1]) for one in (model, result)] if chosen else [0.0]
+    facts.update(pairs=len(chosen), snr_db=[round(decibel(value), 1) for value in noise])
+    kept = len(noise) == 2 and noise[1] <= LEAST_REDUCTION * noise[0]
+    facts["kept"] = kept
+    return result if kept else model
 
 
 def weights(
@@ -128,6 +160,7 @@ StepFunction = Callable[..., Any]
 STEPS: dict[str, StepFunction] = {
     "canonicalize": canonicalize,
     "smooth": smooth,
+    "equalize": equalize,
     "weights": weights,
     "quantize": quantize,
 }
