@@ -120,11 +120,10 @@ class Bench:
         """``row`` with its figures, or with the error that the runtime gives on these samples."""
         try:
             found, _ = run(row.path, self.samples)
-            share = integer_macs_share(Path(row.path), self.samples[0])
         except Exception as error:  # noqa: BLE001 - a file that dies on a sample is a result
             return replace(row, error=f"running it: {first_line(error)}"[:300])
         scores = self.scores[row.variant] = self._scores(found)
-        drop = self.scores[FLOAT].drop_to(scores)
+        drop, share = self.scores[FLOAT].drop_to(scores), integer_macs_share(Path(row.path), self.samples[0])
         return replace(
             row, size_bytes=Path(row.path).stat().st_size, metric=scores.value().value, drop=drop.value, low=drop.low,
             high=drop.high, cosine=cosine(self.expected, found), integer_macs=share,
