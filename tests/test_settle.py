@@ -34,7 +34,7 @@ Rule = Callable[[set[str]], bool]
 
 
 def settled(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rule: Rule, text: str = NET, **options: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rule: Rule, text: str = NET, snr_db: float = 20.0, **options: str
 ) -> tuple[Settled, Context, list[set[str]]]:
     """A model settled under a judge that passes a file by the names of its float Convs; and what the judge saw."""
     monkeypatch.setattr(settling, "DECIDE_SECONDS", 0.5)
@@ -50,7 +50,10 @@ def settled(
         found = {str(n.name) for n in io.read(artifact).graph if n.op_type == "Conv" and query.is_constant(n.inputs[1])}
         seen.append(found)
         passed = rule(found)
-        return [Check("cosine", 0.999 if passed else 0.5, limit=0.99, limit_kind="min", passed=passed)]
+        return [
+            Check("cosine", 0.999 if passed else 0.5, limit=0.99, limit_kind="min", passed=passed),
+            Check("snr_db", snr_db + 3.0 * len(found)),
+        ]
 
     emit(model.clone(), target, tmp_path / "float.onnx")
     floats = [Draft("float as given", tmp_path / "float.onnx", model)]
@@ -107,6 +110,12 @@ def test_relief_gives_up_speed_for_less_noise(tmp_path: Path, monkeypatch: pytes
     if relieved[0]["latency_ratio"][0] < 1 and found.chosen.plan is not None:
         assert found.chosen.name == relieved[0]["name"]
     assert [facts.name for facts in context.recorder.steps].count("sensitivity") == 1
+
+
+def test_nothing_is_relieved_where_noise_is_small_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, context, _ = settled(tmp_path, monkeypatch, lambda convs: True, snr_db=45.0, relief="6")
+    assert not any("relieved" in str(row["name"]) for row in found.trials)
+    assert "sensitivity" not in [facts.name for facts in context.recorder.steps]
 
 
 def test_nothing_to_quantize_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
