@@ -22,7 +22,7 @@ from edgeq.analyse.weights import STORABLE, axis_of
 from edgeq.context import Context
 from edgeq.errors import ModelError, OutputError, UsageError
 from edgeq.facts import environment, samples_facts, source_facts, target_facts
-from edgeq.given import pins_of, preprocessing_of, random_samples, samples_spec, target_of
+from edgeq.given import pins_of, random_samples, samples_settings, samples_spec, target_of
 from edgeq.ir import query
 from edgeq.num.quant import TENSOR, Coded, QParams, Quant
 from edgeq.packaging import check_writable
@@ -98,9 +98,8 @@ def _samples(
     """The calibration samples; None where activations aren't asked for."""
     if calibration is None and not synthetic:
         return None
-    place = Path(str(model)).parent if isinstance(model, str | Path) and Path(model).is_file() else None
     spec = samples_spec(calibration, synthetic, "calibration", "-c")
-    return load_samples(spec, source, limit=limit, preprocessing=preprocessing_of(preprocessing), model_folder=place)
+    return load_samples(spec, source, limit=limit, **samples_settings(model, preprocessing))
 
 
 def _advice(quantizer: Quantizer, bits: int, *, measured: bool) -> Iterator[Advice]:

@@ -17,7 +17,16 @@ from edgeq.analyse.store import Store
 from edgeq.context import Context
 from edgeq.errors import PackageError, RecipeError
 from edgeq.facts import environment, samples_facts, source_facts, target_facts, timing_facts
-from edgeq.given import Wanted, model_file, pins_of, preprocessing_of, random_samples, samples_spec, target_of
+from edgeq.given import (
+    Wanted,
+    model_file,
+    pins_of,
+    preprocessing_of,
+    random_samples,
+    samples_settings,
+    samples_spec,
+    target_of,
+)
 from edgeq.ir import query
 from edgeq.packaging import read_directory, verify_package
 from edgeq.quantizer import Quantizer
@@ -71,10 +80,8 @@ def sensitivity(
     Raises RecipeError for a recipe that doesn't quantize."""
     chosen, recorder = target_of(target, None), Recorder(progress)
     source, info = read_model(model, opset=chosen.opset, pins=pins_of(inputs))
-    place = Path(str(model)).parent if isinstance(model, str | Path) and Path(model).is_file() else None
     spec = samples_spec(calibration, synthetic, "calibration", "-c")
-    settings: dict[str, Any] = {"preprocessing": preprocessing_of(preprocessing), "model_folder": place}
-    samples = load_samples(spec, source, limit=limit, **settings)
+    samples = load_samples(spec, source, limit=limit, **samples_settings(model, preprocessing))
     context = Context(chosen, Oracle(chosen), samples, recorder, Store(), max(chosen.threads), seed)
     quantizer = steps.apply(recipes.parse(recipe, steps.KNOWN), source, context).quantizer
     if quantizer is None:

@@ -69,6 +69,12 @@ def preprocessing_of(given: str | Path | None, shipped: Mapping[str, Any] | None
     return Preprocessing.from_dict(shipped) if shipped else None
 
 
+def samples_settings(model: str | Path | ir.Model, preprocessing: str | Path | None) -> dict[str, Any]:
+    """What ``load_samples`` wants besides the samples: preprocessing as given, else it looks beside the model file."""
+    place = Path(str(model)).parent if isinstance(model, str | Path) and Path(model).is_file() else None
+    return {"preprocessing": preprocessing_of(preprocessing), "model_folder": place}
+
+
 def pins_of(inputs: Sequence[str]) -> dict[str, tuple[int, ...]]:
     """``x=1,3,224,224`` -> {"x": (1, 3, 224, 224)}."""
     pins = {}

@@ -19,7 +19,7 @@ from edgeq.analyse.saturation import certify
 from edgeq.analyse.store import Store
 from edgeq.context import Context
 from edgeq.facts import environment, samples_facts, source_facts, target_facts, timing_facts
-from edgeq.given import Wanted, check_form, pins_of, preprocessing_of, samples_spec, target_of
+from edgeq.given import Wanted, check_form, pins_of, samples_settings, samples_spec, target_of
 from edgeq.ir import io, query
 from edgeq.lower.emit import describe, emit
 from edgeq.packaging import PACKAGES, Golden, Package, check_free, check_writable
@@ -128,8 +128,7 @@ def _read(
     spec = samples_spec(calibration, synthetic, "calibration", "-c")
     with recorder.step("read") as facts:
         source, info = read_model(model, opset=target.opset, pins=pins_of(inputs))
-        place = Path(str(model)).parent if isinstance(model, str | Path) and Path(model).is_file() else None
-        settings: dict[str, Any] = {"preprocessing": preprocessing_of(preprocessing), "model_folder": place}
+        settings = samples_settings(model, preprocessing)
         samples = load_samples(spec, source, limit=limit, **settings)
         if any(query.is_control_flow(node) for node in source.graph):
             example, pins = _fixed_scalars(samples), pins_of(inputs)

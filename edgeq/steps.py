@@ -88,7 +88,7 @@ def equalize(model: ir.Model, context: Context) -> ir.Model:
         result = equalize_model(model, chosen)
     noise = [probe.noise(Quantizer(one, context, "auto").fused()[1]) for one in (model, result)] if chosen else [0.0]
     facts.update(pairs=len(chosen), snr_db=[round(decibel(value), 1) for value in noise])
-    kept = len(noise) == 2 and noise[1] <= LEAST_REDUCTION * noise[0]
+    kept = len(noise) == 2 and noise[1] < LEAST_REDUCTION * noise[0]
     facts["kept"] = kept
     return result if kept else model
 
