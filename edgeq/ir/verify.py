@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import logging
-
 import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
 from edgeq.errors import ModelError
-
-_QUIET = logging.getLogger("onnx_ir.passes.common.shape_inference")
 
 
 def infer_shapes(model: ir.Model) -> ir.Model:

@@ -26,7 +26,7 @@ from edgeq.lower.emit import emit
 from edgeq.lower.legalize import legalize
 from edgeq.quantizer import Quantizer
 from edgeq.report.record import Check, Coverage
-from edgeq.run.record import Feed, Timing
+from edgeq.run.record import Feed
 from edgeq.run.timing import Ratio, TimedConfig, compare, ratio
 
 ENOUGH_DB = 40.0  # of SNR: a hundredth of the amplitude; a recipe's relief takes nothing off below
@@ -288,8 +288,3 @@ def _why_float(drafts: Sequence[Draft], accurate: Sequence[Draft]) -> str:
     if not accurate:
         return "the float model ships: no quantized draft kept the accuracy limits"
     return "the float model ships: no quantized draft was proven faster on this machine"
-
-
-def timings_of(runs: Mapping[int, Mapping[str, Timing]]) -> dict[str, object]:
-    """Thread count -> configuration -> Timing, as plain data for a report."""
-    return {str(threads): dict(run) for threads, run in runs.items()}
