@@ -20,7 +20,8 @@ from edgeq.run.record import Samples
 from edgeq.run.timing import TimedConfig
 from edgeq.validator import Judge, accuracy, latency, size, validate
 from edgeq.validator.limits import held
-from edgeq.validator.score import jackknife
+from edgeq.validator.score import Scores, jackknife, score_of
+from tests.zoo.sentences import retrieval_at_1
 
 CLASSES = 5
 COUNT = 60
@@ -229,6 +230,24 @@ def hits(values, labels):
     return float(np.mean([v["y"].argmax() == label for v, label in zip(values, labels)]))
 
 hits.corpus = True
+
+def pairs(values, labels):
+    sides = [{pair: v["y"].argmax() for v, (part, pair) in zip(values, labels) if part == side} for side in (0, 1)]
+    assert sides[0].keys() == sides[1].keys(), "a pair was taken apart"
+    return float(np.mean([sides[0][pair] == sides[1][pair] for pair in sides[0]]))
+
+pairs.corpus = True
+pairs.group = lambda label: label[1]
+
+def films(values, label):
+    return float(values["y"].argmax() == label[0])
+
+films.group = lambda label: label[1]
+
+def unhashable(values, label):
+    return 1.0
+
+unhashable.group = lambda label: [label]
 """
 
 
@@ -255,13 +274,59 @@ def test_custom_metrics_by_sample_and_over_all_samples(tmp_path, module):
     assert margin["margin"].limit_kind == "min" and not margin["margin"].passed
 
 
+def test_groups_are_left_out_whole(tmp_path, module):
+    """60 samples as 30 pairs are too few to bound; each pair twice is 60 again, and no pair may be taken apart."""
+    path, labels = save(tmp_path / "r.onnx", WEIGHT), [np.array([i % 2, i // 2]) for i in range(COUNT)]
+    thirty = by_name(accuracy(path, path, samples_of(INPUTS, labels), metric=f"{module}:pairs"))
+    assert thirty["pairs"].low is None
+    twice = [*labels, *(label + np.array([0, COUNT]) for label in labels)]
+    sixty = samples_of(np.concatenate([INPUTS, INPUTS]), twice)
+    found = by_name(accuracy(path, path, sixty, metric=f"{module}:pairs"))
+    assert found["pairs"].value == thirty["pairs"].value
+    assert found["pairs"].low < found["pairs"].value < found["pairs"].high
+
+
+def test_samples_of_a_group_are_no_evidence_apart(tmp_path, module):
+    """Each sample four times over, by group: the mean is the same, and known no better than from one of the four."""
+    path = save(tmp_path / "r.onnx", WORSE)
+    labels = [np.array([label, number]) for number, label in enumerate(LABELS)]
+    once, fourfold = (
+        by_name(accuracy(path, path, samples_of(np.concatenate([INPUTS] * n), labels * n), metric=f"{module}:films"))
+        for n in (1, 4)
+    )
+    assert (fourfold["films"].value, fourfold["films"].high) == pytest.approx((once["films"].value, once["films"].high))
+
+
+def test_groups_that_cannot_be_told(tmp_path, module):
+    path = save(tmp_path / "r.onnx", WEIGHT)
+    with pytest.raises(UsageError, match=r"unhashable\.group gave list for label \d.*\n.*a number, a text"):
+        accuracy(path, path, samples_of(INPUTS, LABELS), metric=f"{module}:unhashable")
+    with pytest.raises(SampleError, match=r"own_metric:pairs' groups samples by their label, test has none"):
+        accuracy(path, path, samples_of(INPUTS), metric=f"{module}:pairs")
+
+
+def test_retrieval_of_pairs_has_the_interval_of_a_share():
+    """200 queries whose answers lie beyond their noise or not, two of five: the share's own standard error."""
+    rng = np.random.default_rng(8)
+    bodies = rng.normal(size=(200, 1, 384)).astype(np.float32)
+    summaries = np.where(rng.random((200, 1, 1)) < 0.6, bodies, rng.normal(size=bodies.shape)).astype(np.float32)
+    scores = Scores(score_of("retrieval", retrieval_at_1))
+    for index in range(400):
+        document, part = divmod(index, 2)
+        states = (summaries, bodies)[part][document]
+        scores.add({"states": states[None]}, np.array([1, document, part]))
+    share, low, high = scores.value()
+    assert 0.5 < share < 0.7
+    assert (high - low) / 2 == pytest.approx(2.09 * np.sqrt(share * (1 - share) / 200), rel=0.4)
+
+
 def test_the_jackknife_of_a_mean_is_its_standard_error():
     values = np.random.default_rng(3).normal(size=400)
-    found = jackknife(lambda kept: float(values[kept].mean()), 400)
+    found = jackknife(lambda kept: float(values[kept].mean()), [[index] for index in range(400)])
     standard = values.std(ddof=1) / 20
     # 20 groups of 20: the variance of the mean is known to sqrt(2 / 19) = 32 %, its root to half of that
     assert (found.high - found.low) / 2 == pytest.approx(2.09 * standard, rel=0.4)
-    assert jackknife(lambda kept: float(len(kept)), 5) == (5.0, None, None)
+    assert jackknife(lambda kept: float(len(kept)), [[0, 1], [2], [3, 4]]) == (5.0, None, None)
 
 
 def test_labels_of_another_model_are_suspected(tmp_path):

@@ -29,7 +29,7 @@ from edgeq.run.record import Array, Feed, Samples
 from edgeq.run.session import open_session, output_specs, run_session
 from edgeq.source.import_path import load
 from edgeq.validator.limits import AT_LEAST, Limits, held
-from edgeq.validator.score import Score, Scores
+from edgeq.validator.score import Score, Scores, score_of
 
 MAX_DROP, MIN_AGREEMENT, MIN_COSINE = 0.005, 0.97, 0.99
 ONE_SAMPLE = 1.001  # a sample and the rounding of the division
@@ -43,8 +43,9 @@ class Judge:
 
     A custom metric ``fn(values, label) -> float`` gets a sample's inputs and outputs by name and its label (None
     without labels); higher is better. With an attribute ``corpus = True`` it is called once as ``fn(list of values,
-    list of labels)``; its interval is a jackknife over 20 groups, which unlike a bootstrap repeats no sample (repeats
-    would break retrieval metrics). Positions an input ``attention_mask`` [b, s] hides are left out of outputs
+    list of labels)``; its interval is a jackknife in 20 parts, which unlike a bootstrap repeats no sample (repeats
+    would break retrieval metrics). With ``group``, a function of a label, samples whose group is equal are left out
+    together. Positions an input ``attention_mask`` [b, s] hides are left out of outputs
     [b, s, …] wherever outputs are compared. A sample is a row of the batch.
     """
 
@@ -120,9 +121,13 @@ class Judge:
             whole = bool(labels) and all(isinstance(one, int) for one in self.samples.each_label)
             return Score("top1", self._top1) if whole and self._class_output else None
         if ":" in metric:
-            function = load(metric)
-            name = metric.rpartition(":")[2]  # as limits call it, whatever the function calls itself
-            return Score(name, corpus=function) if getattr(function, "corpus", False) else Score(name, function)
+            score = score_of(metric.rpartition(":")[2], load(metric))  # as limits call it, whatever it calls itself
+            if score.group is not None and labels is None:
+                raise SampleError(
+                    f"metric {metric!r} groups samples by their label, {self.samples.origin} has none",
+                    hint="add a key 'label' or labels.csv, or give a metric without `group`",
+                )
+            return score
         if not metrics.metric(metric).needs_labels:
             return None
         if labels is None:

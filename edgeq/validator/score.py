@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from edgeq.errors import UsageError
 from edgeq.num.intervals import Interval, interval_mean, interval_paired_difference
 from edgeq.run.record import Feed
 
-GROUPS = 20  # of the jackknife; Student's t of 19 degrees of freedom at 95 %:
+PARTS = 20  # of the jackknife; Student's t of 19 degrees of freedom at 95 %:
 T_19 = 2.093
 
 
@@ -19,12 +21,22 @@ T_19 = 2.093
 class Score:
     """A metric that needs the truth. ``sample(values, label)`` or, of all samples together, ``corpus(values, labels)``.
 
-    ``values`` are a sample's inputs and outputs by name.
+    ``values`` are a sample's inputs and outputs by name. ``group(label)`` is what samples share that count together
+    only (a question and its answer) or are no evidence apart (frames of one film); None: each stands alone.
     """
 
     name: str
     sample: Callable[[Feed, Any], float] | None = None
     corpus: Callable[[list[Feed], list[Any]], float] | None = None
+    group: Callable[[Any], Hashable] | None = None
+
+
+def score_of(name: str, function: Callable[..., float]) -> Score:
+    """A function of the user's as a Score, by its attributes ``corpus`` and ``group``."""
+    group = getattr(function, "group", None)
+    if getattr(function, "corpus", False):
+        return Score(name, corpus=function, group=group)
+    return Score(name, function, group=group)
 
 
 class Scores:
@@ -39,33 +51,66 @@ class Scores:
     def add(self, values: Feed, label: Any) -> None:
         if self._score is None:
             return
+        self._labels.append(label)
         if self._score.sample is not None:
             self._values.append(float(self._score.sample(values, label)))
         else:
             self._corpus.append(values)
-            self._labels.append(label)
 
     def value(self) -> Interval:
-        if self._values:
+        if self._apart:
             return interval_mean(self._values)
-        return jackknife(self._of_all, len(self._corpus))
+        return jackknife(self._of, self._units())
 
     def drop_to(self, other: Scores) -> Interval:
         """This score minus the other's, paired by sample."""
-        if self._values:
+        if self._apart:
             return interval_paired_difference(self._values, other._values)
-        return jackknife(lambda kept: self._of_all(kept) - other._of_all(kept), len(self._corpus))
+        return jackknife(lambda kept: self._of(kept) - other._of(kept), self._units())
 
-    def _of_all(self, kept: list[int]) -> float:
-        assert self._score is not None and self._score.corpus is not None
+    @property
+    def _apart(self) -> bool:
+        """Whether each sample has a value and is evidence of its own."""
+        return self._score is not None and self._score.sample is not None and self._score.group is None
+
+    def _of(self, kept: list[int]) -> float:
+        assert self._score is not None
+        if self._score.corpus is None:
+            return float(np.mean([self._values[i] for i in kept]))
         return float(self._score.corpus([self._corpus[i] for i in kept], [self._labels[i] for i in kept]))
 
+    def _units(self) -> list[list[int]]:
+        """Indices of the samples that stay together, in the order of their first."""
+        if self._score is None or self._score.group is None:
+            return [[index] for index in range(len(self._labels))]
+        units: dict[Hashable, list[int]] = defaultdict(list)
+        for index, label in enumerate(self._labels):
+            units[_hashable(self._score.group(label), label, self._score.name)].append(index)
+        return list(units.values())
 
-def jackknife(statistic: Callable[[list[int]], float], count: int) -> Interval:
-    """Delete-a-group jackknife (Tukey 1958): a statistic of ``count`` samples and how it varies without each group."""
-    value = statistic(list(range(count)))
-    if count < 2 * GROUPS:
+
+def _hashable(key: Any, label: Any, name: str) -> Hashable:
+    try:
+        hash(key)
+    except TypeError as error:
+        raise UsageError(
+            f"{name}.group gave {type(key).__name__} for label {label}, expected what can be compared by hash",
+            hint="return a number, a text or a tuple of these",
+        ) from error
+    return key  # type: ignore[no-any-return]
+
+
+def jackknife(statistic: Callable[[list[int]], float], units: Sequence[Sequence[int]]) -> Interval:
+    """Delete-a-group jackknife (Tukey 1958): a statistic of all samples and how it varies without each of ``PARTS``.
+
+    ``units`` are the indices of samples that are left out together; too few of them have no interval."""
+
+    def without(part: int | None) -> float:
+        kept = [unit for number, unit in enumerate(units) if part is None or number % PARTS != part]
+        return statistic(sorted(index for unit in kept for index in unit))
+
+    value = without(None)
+    if len(units) < 2 * PARTS:
         return Interval(value, None, None)
-    parts = [statistic([i for i in range(count) if i % GROUPS != group]) for group in range(GROUPS)]
-    half = T_19 * float(np.sqrt((GROUPS - 1) * np.var(parts)))
+    half = T_19 * float(np.sqrt((PARTS - 1) * np.var([without(part) for part in range(PARTS)])))
     return Interval(value, value - half, value + half)

@@ -28,7 +28,7 @@ from rich.table import Table
 from edgeq.facts import environment
 from edgeq.num.intervals import Interval
 from edgeq.recipe import DEFAULT
-from edgeq.validator.score import Score, Scores
+from edgeq.validator.score import Scores, score_of
 from tests.bench.apart import PINS, quantized_apart
 from tests.bench.compare import FLOAT, OURS, export
 from tests.bench.executed import integer_macs_share, quantizes
@@ -131,9 +131,7 @@ class Bench:
         )  # fmt: skip
 
     def _scores(self, results: Sequence[Values]) -> Scores:
-        measure = load(self.metric)
-        kind = "corpus" if getattr(measure, "corpus", False) else "sample"
-        scores = Scores(Score(self.metric, **{kind: measure}))
+        scores = Scores(score_of(self.metric, load(self.metric)))
         for result, label in zip(results, self.labels, strict=True):
             scores.add(result, label)
         return scores

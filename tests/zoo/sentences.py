@@ -91,11 +91,15 @@ def retrieval_at_1(texts: Sequence[Mapping[str, NDArray[Any]]], labels: Sequence
     sides: tuple[dict[int, Any], dict[int, Any]] = ({}, {})
     for values, (tokens, document, part) in zip(texts, labels, strict=True):
         sides[part][int(document)] = _pooled(only_output(values)[0, :tokens])
+    if sides[0].keys() != sides[1].keys():
+        alone = sorted(sides[0].keys() ^ sides[1].keys())
+        raise ValueError(f"docstrings {alone} have a summary or a body only: an answer is looked for among all bodies")
     summaries, bodies = (np.stack([side[key] for key in sorted(side)]) for side in sides)
     return float(((summaries @ bodies.T).argmax(1) == np.arange(len(summaries))).mean())
 
 
 retrieval_at_1.corpus = True  # type: ignore[attr-defined]
+retrieval_at_1.group = lambda label: int(label[1])  # type: ignore[attr-defined]
 
 
 def _pooled(states: NDArray[np.float32]) -> NDArray[np.float32]:
