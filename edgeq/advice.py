@@ -22,7 +22,15 @@ from edgeq.analyse.weights import STORABLE, axis_of
 from edgeq.context import Context
 from edgeq.errors import ModelError, OutputError, UsageError
 from edgeq.facts import environment, samples_facts, source_facts, target_facts
-from edgeq.given import pins_of, random_samples, samples_settings, samples_spec, target_of
+from edgeq.given import (
+    branches,
+    pins_of,
+    random_samples,
+    read_with_samples,
+    samples_settings,
+    samples_spec,
+    target_of,
+)
 from edgeq.ir import query
 from edgeq.num.quant import TENSOR, Coded, QParams, Quant
 from edgeq.packaging import check_writable
@@ -33,7 +41,6 @@ from edgeq.report.record import Report
 from edgeq.report.recorder import Recorder
 from edgeq.rewrite.weights import way
 from edgeq.run.record import Samples
-from edgeq.run.samples import load_samples
 from edgeq.source import read_model
 from edgeq.target.oracle import Oracle
 from edgeq.target.record import Target
@@ -65,8 +72,16 @@ def advise(
     if html is not None:
         _check_free(Path(html), force)
     chosen, recorder = target_of(target, None), Recorder(progress)
-    source, info = read_model(model, opset=chosen.opset, pins=pins_of(inputs))
-    samples = _samples(model, source, calibration, synthetic, preprocessing, limit)
+    samples: Samples | None = None
+    if calibration is None and not synthetic:
+        source, info = read_model(model, opset=chosen.opset, pins=pins_of(inputs))
+        if next(weights(source), None) is None:
+            raise _nothing(source)
+    else:
+        spec = samples_spec(calibration, synthetic, "calibration", "-c")
+        source, info, samples = read_with_samples(
+            model, spec, chosen, recorder, inputs=inputs, limit=limit, **samples_settings(model, preprocessing)
+        )
     context = Context(chosen, Oracle(chosen), samples or random_samples(source, 1, 0), recorder, Store(),
                       max(chosen.threads))  # fmt: skip
     quantizer = steps.apply(recipes.parse("canonicalize; quantize", steps.KNOWN), source, context).quantizer
@@ -74,9 +89,7 @@ def advise(
     quantizer.costs = free_costs(quantizer.atoms)
     found = tuple(_advice(quantizer, bits, measured=samples is not None))
     if not found:
-        raise ModelError(
-            "the model has no constant weight in MatMul, Gemm, Conv or Gather", hint="give data with -c for activations"
-        )
+        raise _nothing(source)
     report = Report(
         source=source_facts(info, source), target=target_facts(chosen), recipe="advise", steps=tuple(recorder.steps),
         notices=tuple(recorder.notices), environment=environment(), advice=tuple(asdict(row) for row in found),
@@ -87,19 +100,17 @@ def advise(
     return report
 
 
-def _samples(
-    model: str | Path | ir.Model,
-    source: ir.Model,
-    calibration: str | None,
-    synthetic: bool,
-    preprocessing: str | Path | None,
-    limit: int | None,
-) -> Samples | None:
-    """The calibration samples; None where activations aren't asked for."""
-    if calibration is None and not synthetic:
-        return None
-    spec = samples_spec(calibration, synthetic, "calibration", "-c")
-    return load_samples(spec, source, limit=limit, **samples_settings(model, preprocessing))
+def _nothing(model: ir.Model) -> ModelError:
+    """Why there is nothing to advise on."""
+    if undecided := branches(model):
+        name, op = undecided[0].name, undecided[0].op_type
+        return ModelError(
+            f"all constant weights lie inside branches, such as {op} {name!r}",
+            hint="give data with -c: a branch that is the same for all samples is decided by it",
+        )
+    return ModelError(
+        "the model has no constant weight in MatMul, Gemm, Conv or Gather", hint="give data with -c for activations"
+    )
 
 
 def _advice(quantizer: Quantizer, bits: int, *, measured: bool) -> Iterator[Advice]:

@@ -23,6 +23,7 @@ from edgeq.given import (
     pins_of,
     preprocessing_of,
     random_samples,
+    read_with_samples,
     samples_settings,
     samples_spec,
     target_of,
@@ -79,9 +80,10 @@ def sensitivity(
 
     Raises RecipeError for a recipe that doesn't quantize."""
     chosen, recorder = target_of(target, None), Recorder(progress)
-    source, info = read_model(model, opset=chosen.opset, pins=pins_of(inputs))
     spec = samples_spec(calibration, synthetic, "calibration", "-c")
-    samples = load_samples(spec, source, limit=limit, **samples_settings(model, preprocessing))
+    source, info, samples = read_with_samples(
+        model, spec, chosen, recorder, inputs=inputs, limit=limit, **samples_settings(model, preprocessing)
+    )
     context = Context(chosen, Oracle(chosen), samples, recorder, Store(), max(chosen.threads), seed)
     quantizer = steps.apply(recipes.parse(recipe, steps.KNOWN), source, context).quantizer
     if quantizer is None:

@@ -7,13 +7,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from edgeq.errors import UsageError, did_you_mean
+from edgeq.ir import query
 from edgeq.packaging import PACKAGES, read_directory
+from edgeq.report.recorder import Recorder
 from edgeq.run.preprocess import Preprocessing
-from edgeq.run.record import Samples
+from edgeq.run.record import Feed, Samples
 from edgeq.run.samples import load_samples
+from edgeq.source import SourceInfo, read_model
 from edgeq.target.load import load_target
 from edgeq.target.record import Target
 
@@ -85,6 +89,58 @@ def pins_of(inputs: Sequence[str]) -> dict[str, tuple[int, ...]]:
             raise UsageError(f"can't read input shape {text!r}", hint="write NAME=1,3,224,224")
         pins[name] = tuple(int(word) for word in words)
     return pins
+
+
+def read_with_samples(
+    model: str | Path | ir.Model,
+    spec: str,
+    target: Target,
+    recorder: Recorder,
+    *,
+    inputs: Sequence[str] = (),
+    limit: int | None = None,
+    **settings: Any,
+) -> tuple[ir.Model, SourceInfo, Samples]:
+    """The model and its samples; ``If`` nodes are decided by what is the same in all samples: scalars, then shapes."""
+    pins = pins_of(inputs)
+    with recorder.step("read") as facts:
+        source, info = read_model(model, opset=target.opset, pins=pins)
+        samples = load_samples(spec, source, limit=limit, **settings)
+        if branches(source):
+            example = _fixed_scalars(samples)
+            source, info = read_model(model, opset=target.opset, pins=pins, example=example)
+            if branches(source):  # branches on shapes need the shapes
+                pins = {**_fixed_shapes(samples), **pins}
+                source, info = read_model(model, opset=target.opset, pins=pins, example=example)
+                recorder.warn("fixed-shapes", f"shapes decide what runs and were fixed to those of the samples: {pins}")
+        facts.update(nodes=source.graph.num_nodes(), opset_found=info.opset, notes=info.notes)
+    for name, value in info.fixed.items():
+        recorder.warn("fixed-input", f"input {name!r} is {value} in every sample and was fixed: other values are wrong")
+    return source, info, samples
+
+
+def branches(model: ir.Model) -> list[ir.Node]:
+    """Nodes that decide what runs, whose bodies no analysis looks into."""
+    return [node for node in model.graph if query.is_control_flow(node)]
+
+
+def _fixed_scalars(samples: Samples) -> Feed:
+    """Inputs of one element that are equal in every sample."""
+    first = samples.read(0)
+    scalars = {name: array for name, array in first.items() if array.size == 1}
+    for feed in samples:
+        scalars = {name: array for name, array in scalars.items() if np.array_equal(array, feed[name])}
+        if not scalars:
+            break
+    return scalars
+
+
+def _fixed_shapes(samples: Samples) -> dict[str, tuple[int, ...]]:
+    """Shapes of the inputs whose shape is the same in every sample."""
+    shapes = {name: array.shape for name, array in samples.read(0).items()}
+    for feed in samples:
+        shapes = {name: shape for name, shape in shapes.items() if feed[name].shape == shape}
+    return shapes
 
 
 def random_samples(model: ir.Model, count: int, seed: int) -> Samples:

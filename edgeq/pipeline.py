@@ -19,8 +19,8 @@ from edgeq.analyse.saturation import certify
 from edgeq.analyse.store import Store
 from edgeq.context import Context
 from edgeq.facts import environment, samples_facts, source_facts, target_facts, timing_facts
-from edgeq.given import Wanted, check_form, pins_of, samples_settings, samples_spec, target_of
-from edgeq.ir import io, query
+from edgeq.given import Wanted, check_form, read_with_samples, samples_settings, samples_spec, target_of
+from edgeq.ir import io
 from edgeq.lower.emit import describe, emit
 from edgeq.packaging import PACKAGES, Golden, Package, check_free, check_writable
 from edgeq.quantizer import Quantizer
@@ -28,12 +28,12 @@ from edgeq.report.progress import Progress
 from edgeq.report.record import Check, Coverage, Island, Report
 from edgeq.report.recorder import Recorder
 from edgeq.report.rows import saturation_line
-from edgeq.run.record import Feed, Samples
+from edgeq.run.record import Samples
 from edgeq.run.samples import load_samples, split, take
 from edgeq.run.session import open_session, run_session
 from edgeq.run.timing import TimedConfig
 from edgeq.search.settle import Draft, Settled, settle
-from edgeq.source import SourceInfo, read_model
+from edgeq.source import SourceInfo
 from edgeq.target.oracle import Oracle
 from edgeq.target.record import Target
 from edgeq.validator import Judge, Validation, latency, refuse_unmeasured, size
@@ -125,21 +125,9 @@ def _read(
     recorder: Recorder,
 ) -> tuple[ir.Model, SourceInfo, Samples, Samples]:
     """The model, and samples to calibrate and to evaluate on."""
+    settings = samples_settings(model, preprocessing)
     spec = samples_spec(calibration, synthetic, "calibration", "-c")
-    with recorder.step("read") as facts:
-        source, info = read_model(model, opset=target.opset, pins=pins_of(inputs))
-        settings = samples_settings(model, preprocessing)
-        samples = load_samples(spec, source, limit=limit, **settings)
-        if any(query.is_control_flow(node) for node in source.graph):
-            example, pins = _fixed_scalars(samples), pins_of(inputs)
-            source, info = read_model(model, opset=target.opset, pins=pins, example=example)
-            if any(query.is_control_flow(node) for node in source.graph):  # branches on shapes need the shapes
-                pins = {**_fixed_shapes(samples), **pins}
-                source, info = read_model(model, opset=target.opset, pins=pins, example=example)
-                recorder.warn("fixed-shapes", f"shapes decide what runs and were fixed to those of the samples: {pins}")
-        facts.update(nodes=source.graph.num_nodes(), opset_found=info.opset, notes=info.notes)
-    for name, value in info.fixed.items():
-        recorder.warn("fixed-input", f"input {name!r} is {value} in every sample and was fixed: other values are wrong")
+    source, info, samples = read_with_samples(model, spec, target, recorder, inputs=inputs, limit=limit, **settings)
     if evaluation is not None:
         held_out = load_samples(samples_spec(evaluation, synthetic, "evaluation", "-e"), source, **settings)
     elif samples.synthetic:
@@ -150,25 +138,6 @@ def _read(
     if samples.synthetic or held_out.synthetic:
         recorder.warn("synthetic", "random data was used: accuracy figures say nothing about real inputs")
     return source, info, samples, held_out
-
-
-def _fixed_scalars(samples: Samples) -> Feed:
-    """Inputs of one element that are equal in every sample."""
-    first = samples.read(0)
-    scalars = {name: array for name, array in first.items() if array.size == 1}
-    for feed in samples:
-        scalars = {name: array for name, array in scalars.items() if np.array_equal(array, feed[name])}
-        if not scalars:
-            break
-    return scalars
-
-
-def _fixed_shapes(samples: Samples) -> dict[str, tuple[int, ...]]:
-    """Shapes of the inputs whose shape is the same in every sample."""
-    shapes = {name: array.shape for name, array in samples.read(0).items()}
-    for feed in samples:
-        shapes = {name: shape for name, shape in shapes.items() if feed[name].shape == shape}
-    return shapes
 
 
 def _floats(

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 import edgeq
+from edgeq.errors import ModelError
 from tests.bench.peers import quantized
 from tests.zoo import ZOO, filetypes, photos, sentences, speech
 from tests.zoo.packages import cache, data, fetch, float_model, source
@@ -162,6 +163,21 @@ def test_data_that_packages_ship_serves_without_any_other(monkeypatch: pytest.Mo
     monkeypatch.setattr(speech, "MUSIC", Path("/nonexistent"))
     results, labels = run(float_model("VAD"), speech.evaluation(200))
     assert metric_value(ZOO["VAD"].metric, results, labels) >= 0.9
+
+
+def test_every_command_decides_the_branch_of_the_samples(tmp_path: Path) -> None:
+    """Silero VAD is one ``If`` on the sample rate: the data decides it, and without data there is nothing to say."""
+    path = float_model("VAD")
+    given = {"calibration": ZOO["VAD"].calibration, "limit": 8}
+    noises = edgeq.sensitivity(path, **given)
+    assert {row.op for row in noises.sensitivity} >= {"Conv"}
+    advised = edgeq.advise(path, **given)
+    assert sum(row["op"] == "Conv" for row in advised.advice) >= 6
+    for report in (noises, advised):
+        assert report.source["fixed"] == {"sr": 16000}
+        assert [n.code for n in report.notices if n.code.startswith("fixed")] == ["fixed-shapes", "fixed-input"]
+    with pytest.raises(ModelError, match=r"inside branches, such as If 'If_0'\n.*give data with -c"):
+        edgeq.advise(path)
 
 
 def test_peer_that_dies_is_a_result(tmp_path: Path) -> None:
