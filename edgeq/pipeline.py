@@ -218,11 +218,10 @@ def _golden(settled: Settled, held_out: Samples) -> Golden:
 def _dump(folder: Path, source: ir.Model, prepared: steps.Prepared, settled: Settled) -> None:
     """Every intermediate model, numbered in order."""
     folder.mkdir(parents=True, exist_ok=True)
-    stages = [
-        ("source", source),
-        *prepared.intermediates,
-        (settled.chosen.name.replace(" ", "-"), settled.chosen.model),
-    ]
+    stages = [("source", source), *prepared.intermediates]
+    if settled.quantizer is not None and settled.quantizer.model is not prepared.model:
+        stages.append(("evened", settled.quantizer.model))
+    stages.append((settled.chosen.name.replace(" ", "-"), settled.chosen.model))
     for index, (name, model) in enumerate(stages):
         io.write(model, folder / f"{index:02d}-{name}.onnx")
 
@@ -232,14 +231,15 @@ def _report(
     calibrate: Samples, held_out: Samples, context: Context,
 ) -> Report:  # fmt: skip
     chosen, recorder = settled.chosen, context.recorder
+    quantizer = settled.quantizer
     saturation = certify(chosen.model) if "avx2" in context.target.isa else None
     if saturation is not None and saturation.rows:
         recorder.info("saturation", saturation_line(saturation))
     rows: tuple[dict[str, Any], ...] = ()
-    if chosen.plan is not None:
+    if chosen.plan is not None and quantizer is not None:
         with recorder.step("layers"):
             feeds = [*take(held_out, LAYER_SAMPLES)]
-            rows = layers(prepared.model, chosen.model, chosen.plan, feeds, context.target)
+            rows = layers(quantizer.model, chosen.model, chosen.plan, feeds, context.target)
     return Report(
         source=source_facts(info, prepared.model),
         target=target_facts(context.target),
@@ -247,14 +247,14 @@ def _report(
         artifact=describe(chosen.model, context.target, chosen.path),
         steps=tuple(recorder.steps),
         checks=validation.checks,
-        coverage=chosen.coverage or _float_coverage(chosen, prepared.quantizer),
+        coverage=chosen.coverage or _float_coverage(chosen, quantizer),
         saturation=saturation,
         notices=tuple(recorder.notices),
         environment=environment(),
         samples={"calibration": samples_facts(calibrate), "evaluation": samples_facts(held_out)},
         latency=timing_facts(validation.timings),
         layers=rows,
-        sensitivity=prepared.quantizer.noises if prepared.quantizer is not None else (),
+        sensitivity=quantizer.noises if quantizer is not None else (),
         candidates=settled.trials,
     )
 

@@ -51,8 +51,8 @@ class Quantizer:
     ) -> None:
         """``relief_db``: how much less noise than all that fuses makes is wanted, whatever limits say."""
         self.model, self.context, self.rounding, self.relief_db = model, context, rounding, relief_db
+        self.asked_ranges = ranges
         self.ranges: encoding.Ranges | None = None if ranges in ("auto", "search") else encoding.Ranges(ranges, ranges)
-        self.searched = ranges == "search"
         first = context.calibration.read(0)
         self.shapes = concrete_shapes(model, first)
         with context.recorder.step("oracle") as facts:
@@ -64,6 +64,10 @@ class Quantizer:
         self.stats: dict[str, Stats] = {}
         self.noises: tuple[AtomNoise, ...] = ()  # of the plan that was last asked about
         self.rounded: dict[encoding.Edge, Coded] | None = None
+
+    def over(self, model: ir.Model) -> Quantizer:
+        """A quantizer with the same options for another form of the model."""
+        return Quantizer(model, self.context, self.asked_ranges, self.rounding, self.relief_db)
 
     def work(self, atom: placement.Atom) -> int:
         """Multiply-accumulates of an atom on the first sample's shapes."""
@@ -135,7 +139,7 @@ class Quantizer:
         samples = take(self.context.calibration, RANGE_SAMPLES)
         with self.context.recorder.step("ranges") as facts:
             choices = {ranges.base: ranges for ranges in RANGES}
-            if self.searched:
+            if self.asked_ranges == "search":
                 choices["by reader"] = replace(RANGES[0], exact=self._by_readers(plan, take(samples, READER_SAMPLES)))
             probe = Probe(self.model, samples, self.context.target)
             noise = {name: probe.noise(self._built(plan, ranges)) for name, ranges in choices.items()}

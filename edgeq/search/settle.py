@@ -1,9 +1,9 @@
 """Settle what ships: build drafts, measure them, repair them, keep the best that is proven (L10).
 
 Two drafts come first: everything the runtime has integer kernels for, and the cut that this machine's own profile
-prefers. A draft that loses accuracy gets its most harmful atoms back in float, in doubling steps, until it keeps its
-promise; a draft that isn't proven faster than the best float file is given up. The float file is always a candidate,
-so the answer is never worse than what the user had.
+prefers. Where they lose accuracy, channels are evened out first, which costs no speed; then the most harmful atoms go
+back to float, in growing steps, until a draft keeps its promise. A draft that isn't proven faster than the best float
+file is given up. The float file is always a candidate, so the answer is never worse than what the user had.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from edgeq.quantizer import Quantizer
 from edgeq.report.record import Check, Coverage
 from edgeq.run.record import Feed
 from edgeq.run.timing import Ratio, TimedConfig, compare, ratio
+from edgeq.steps import equalize
 
 ENOUGH_DB = 40.0  # of SNR: a hundredth of the amplitude; a recipe's relief takes nothing off below
 MORE_DB = (0, 2, 4)  # a relieved draft may still miss a limit by a sample or two; then a little more is relieved
@@ -56,6 +57,7 @@ class Draft:
     relieved: bool = False  # has as little noise as the recipe asks for
     kept_float: Mapping[str, str] = field(default_factory=dict)
     asked: bool = False
+    quantizer: Quantizer | None = None  # that made it
 
     @property
     def accurate(self) -> bool:
@@ -64,11 +66,13 @@ class Draft:
 
 @dataclass(frozen=True)
 class Settled:
-    """The choice. ``trials``: what was measured of each candidate and why it ships or not, a row each."""
+    """The choice. ``trials``: what was measured of each candidate and why it ships or not, a row each. ``quantizer``:
+    that of the choice or, of a float one, of the last draft."""
 
     chosen: Draft
     best_float: Draft
     trials: tuple[dict[str, object], ...]
+    quantizer: Quantizer | None = None
 
 
 def settle(
@@ -92,39 +96,53 @@ def settle(
     rows = [_row(draft, ratios.get(draft.name), chosen, best_float) for draft in (*floats, *drafts)]
     if quantizer is not None and chosen is unproven:
         context.recorder.warn("float-ships", _why_float(drafts, accurate))
-    return Settled(chosen, best_float, tuple(rows))
+    quantizers = [draft.quantizer for draft in (chosen, *reversed(drafts)) if draft.quantizer is not None]
+    return Settled(chosen, best_float, tuple(rows), quantizers[0] if quantizers else quantizer)
 
 
 def _integer_drafts(quantizer: Quantizer, judge: Judge, context: Context, folder: Path) -> list[Draft]:
     """Every integer draft that was made, judged, in order; the last ones are repairs when none was accurate."""
-    first = _draft("int8 everywhere it fuses", quantizer, context, folder)
+    drafts = _whole_drafts(quantizer, "", judge, context, folder)
+    if drafts and not _any_accurate(drafts):
+        evened = equalize(quantizer.model, context)
+        if evened is not quantizer.model:
+            drafts += _whole_drafts(quantizer.over(evened), ", channels evened", judge, context, folder)
+    if drafts and not _any_accurate(drafts):
+        drafts += _repairs(max(drafts, key=_snr), judge, context, folder)
+    return [*drafts, *_relief(drafts, judge, context, folder)]
+
+
+def _whole_drafts(quantizer: Quantizer, suffix: str, judge: Judge, context: Context, folder: Path) -> list[Draft]:
+    """Drafts that nothing was repaired in: all that fuses, what gains here and, if both lose, products by weights."""
+    first = _draft(f"int8 everywhere it fuses{suffix}", quantizer, context, folder)
     if first is None:
         context.recorder.warn("nothing-to-quantize", "no node of this model has an integer kernel worth its Q/DQ")
         return []
     if first.plan is not None:
         quantizer.learn_costs(first.plan, first.model)
-    second = _draft("int8 where this machine gains", quantizer, context, folder)
+    second = _draft(f"int8 where this machine gains{suffix}", quantizer, context, folder)
     made = [first] if second is None or _same(first, second) else [first, second]
     drafts = [_judged(draft, judge, context) for draft in made]
-    if any(draft.accurate for draft in drafts):
-        return [*drafts, *_relief(drafts, quantizer, judge, context, folder)]
-    third = _draft("int8 where weights are", quantizer, context, folder, _without_weights(quantizer))
-    if third is not None and third.plan is not None and not any(_same(third, draft) for draft in drafts):
+    if _any_accurate(drafts):
+        return drafts
+    third = _draft(f"int8 where weights are{suffix}", quantizer, context, folder, _without_weights(quantizer))
+    if third is not None and not any(_same(third, draft) for draft in drafts):
         drafts.append(_judged(third, judge, context))
-        if drafts[-1].accurate:
-            return [*drafts, *_relief(drafts, quantizer, judge, context, folder)]
-    best = max(drafts, key=_snr)
-    drafts += _repairs(best, quantizer, judge, context, folder)
-    return [*drafts, *_relief(drafts, quantizer, judge, context, folder)]
+    return drafts
 
 
-def _relief(
-    drafts: Sequence[Draft], quantizer: Quantizer, judge: Judge, context: Context, folder: Path
-) -> Iterator[Draft]:
+def _any_accurate(drafts: Sequence[Draft]) -> bool:
+    return any(draft.accurate for draft in drafts)
+
+
+def _relief(drafts: Sequence[Draft], judge: Judge, context: Context, folder: Path) -> Iterator[Draft]:
     """The most exact of ``drafts`` with so many of its most harmful atoms in float that the recipe's relief is met:
     what an accurate draft is given up for when accuracy is wanted beyond the limits."""
     best = max((draft for draft in drafts if draft.accurate), key=_snr, default=None)
-    if not quantizer.relief_db or best is None or best.plan is None or _snr(best) >= ENOUGH_DB:
+    if best is None or best.plan is None or best.quantizer is None or _snr(best) >= ENOUGH_DB:
+        return
+    quantizer = best.quantizer
+    if not quantizer.relief_db:
         return
     ranked = _ranked(quantizer.sensitivity(best.plan), quantizer)
     for more in MORE_DB:
@@ -176,7 +194,7 @@ def _draft(
             return None
         path = folder / f"{name.replace(' ', '-').replace(',', '')}.onnx"
         emit(legalize(model, context.target), context.target, path)
-    return Draft(name, path, model, plan, seen, kept_float=extra or {})
+    return Draft(name, path, model, plan, seen, kept_float=extra or {}, quantizer=quantizer)
 
 
 def _judged(draft: Draft, judge: Judge, context: Context) -> Draft:
@@ -185,11 +203,12 @@ def _judged(draft: Draft, judge: Judge, context: Context) -> Draft:
         return replace(draft, checks=tuple(judge(draft.path)))
 
 
-def _repairs(draft: Draft, quantizer: Quantizer, judge: Judge, context: Context, folder: Path) -> Iterator[Draft]:
+def _repairs(draft: Draft, judge: Judge, context: Context, folder: Path) -> Iterator[Draft]:
     """Drafts that repair ``draft``, until one is accurate: with better ranges, then with ever more of
     the most harmful atoms back in float."""
-    if draft.plan is None:
+    if draft.plan is None or draft.quantizer is None:
         return
+    quantizer = draft.quantizer
     noise = quantizer.sensitivity(draft.plan)
     loudest = sorted(noise, key=noise.__getitem__, reverse=True)[:REFINED]
     kept = dict(draft.kept_float)
