@@ -36,6 +36,7 @@ from edgeq.run.samples import take
 SENSITIVITY_SAMPLES = 32
 REFINE_SAMPLES = 8
 RANGE_SAMPLES = 16
+TOLD_DB = 40.0  # SNR up to which few samples tell methods apart; 16 of Magika, 66 dB each, hold nothing that is cut
 READER_SAMPLES = 8
 LEAST_REDUCTION = 0.9  # noise a tensor's own range method must cut to, against the model's choice
 RANGES = (encoding.Ranges("mse"), encoding.Ranges("percentile"), encoding.Ranges("minmax"))
@@ -141,12 +142,19 @@ class Quantizer:
             choices = {ranges.base: ranges for ranges in RANGES}
             if self.asked_ranges == "search":
                 choices["by reader"] = replace(RANGES[0], exact=self._by_readers(plan, take(samples, READER_SAMPLES)))
-            probe = Probe(self.model, samples, self.context.target)
-            noise = {name: probe.noise(self._built(plan, ranges)) for name, ranges in choices.items()}
+            noise = self._noise_of(plan, choices, samples)
+            if max(noise.values()) < from_decibel(TOLD_DB):
+                noise = self._noise_of(plan, choices, self.context.calibration)
             best = min(noise, key=noise.__getitem__)
             facts["snr_db"] = {name: decibel(value) for name, value in noise.items()}
             facts["chosen"] = best
         return choices[best]
+
+    def _noise_of(
+        self, plan: placement.Plan, choices: Mapping[str, encoding.Ranges], samples: Samples
+    ) -> dict[str, float]:
+        probe = Probe(self.model, samples, self.context.target)
+        return {name: probe.noise(self._built(plan, ranges)) for name, ranges in choices.items()}
 
     def _by_readers(self, plan: placement.Plan, samples: Samples) -> dict[str, str]:
         context = self.context

@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from edgeq import steps
 from edgeq.context import Context
@@ -30,24 +32,29 @@ NET = (
 )
 WEIGHTS = {"b": normal(128), **{f"w{i}": normal(128, 128, 1, 1) * 0.1 for i in range(1, 7)}}
 pytestmark = pytest.mark.slow
+EVENED = "evened"
 Rule = Callable[[set[str]], bool]
 
 
 def settled(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rule: Rule, text: str = NET, snr_db: float = 20.0, **options: str
-) -> tuple[Settled, Context, list[set[str]]]:
-    """A model settled under a judge that passes a file by the names of its float Convs; and what the judge saw."""
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rule: Rule, text: str = NET, snr_db: float = 20.0,
+    weights: dict[str, NDArray[np.float32]] = WEIGHTS, **options: str,
+) -> tuple[Settled, Context, list[set[str]]]:  # fmt: skip
+    """A model settled under a judge that passes a file by the names of its float Convs and by whether weights are evened;
+    and what the judge saw."""
     monkeypatch.setattr(settling, "DECIDE_SECONDS", 0.5)
     # A profile would let the load of the machine decide what is planned; default costs are the same everywhere.
     monkeypatch.setattr(Quantizer, "learn_costs", lambda *_: None)
-    model, _ = read_model(graph(text, WEIGHTS), opset=21)
+    model, _ = read_model(graph(text, weights), opset=21)
     feeds = [random_feed(model) for _ in range(4)]
     target = replace(load_target(VNNI), threads=(1,))
     context = Context(target, oracle_of(VNNI), samples_of(feeds), Recorder(), threads=1)
     seen: list[set[str]] = []
 
     def judge(artifact: Path) -> Sequence[Check]:
-        found = {str(n.name) for n in io.read(artifact).graph if n.op_type == "Conv" and query.is_constant(n.inputs[1])}
+        file = io.read(artifact).graph
+        found = {str(n.name) for n in file if n.op_type == "Conv" and query.is_constant(n.inputs[1])}
+        found |= {EVENED for name in file.initializers if "_equalized" in name}
         seen.append(found)
         passed = rule(found)
         return [
@@ -98,15 +105,33 @@ def test_repair_gives_back_the_culprit_and_keeps_the_rest(tmp_path: Path, monkey
     accurate = [row for row in found.trials if "cosine is" not in str(row["why"])]
     assert any("most sensitive kept float" in str(row["name"]) for row in accurate)
     assert "Conv_node_6" in seen[-1], "the repair ends with the first accurate file"
-    assert len(seen[-1]) < 6, "the rest stays integer"
+    assert len(seen[-1] - {EVENED}) < 6, "the rest stays integer"
     assert all("Conv_node_6" not in convs for convs in seen[:-1])
+
+
+def test_channels_are_evened_out_before_anything_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (
+        "(float[1,64,20,20] x) => (float[1,64,20,20] y) { a = Conv<kernel_shape=[1,1]>(x, w1) r = Relu(a) "
+        "d = Conv<kernel_shape=[3,3], pads=[1,1,1,1], group=64>(r, w2) y = Conv<kernel_shape=[1,1]>(d, w3) }"
+    )
+    uneven = np.geomspace(1, 100, 64, dtype=np.float32)[:, None, None, None]
+    weights = {"w1": normal(64, 64, 1, 1) * uneven, "w2": normal(64, 1, 3, 3) / uneven, "w3": normal(64, 64, 1, 1)}
+    found, context, _ = settled(tmp_path, monkeypatch, lambda convs: EVENED in convs, text, weights=weights)
+    accurate = [row for row in found.trials if "cosine is" not in str(row["why"]) and row["name"] != "float as given"]
+    assert accurate
+    assert all(str(row["name"]).endswith(", channels evened") for row in accurate)
+    assert not any("kept float" in str(row["name"]) for row in found.trials), "nothing was given up"
+    snr = next(facts.facts["snr_db"] for facts in context.recorder.steps if facts.name == "equalize")
+    assert snr[1] > snr[0] + 3
+    assert found.quantizer is not None
+    assert any("_equalized" in name for name in found.quantizer.model.graph.initializers)
 
 
 def test_relief_gives_up_speed_for_less_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found, context, seen = settled(tmp_path, monkeypatch, lambda convs: True, relief="6")
     relieved = [row for row in found.trials if "6 dB relieved" in str(row["name"])]
     assert len(relieved) == 1
-    assert 0 < len(seen[-1]) < 6, "some convolutions are float again, some are not"
+    assert 0 < len(seen[-1] - {EVENED}) < 6, "some convolutions are float again, some are not"
     if relieved[0]["latency_ratio"][0] < 1 and found.chosen.plan is not None:
         assert found.chosen.name == relieved[0]["name"]
     assert [facts.name for facts in context.recorder.steps].count("sensitivity") == 1
