@@ -40,8 +40,8 @@ def settled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rule: Rule, text: str = NET, snr_db: float = 20.0,
     weights: dict[str, NDArray[np.float32]] = WEIGHTS, **options: str,
 ) -> tuple[Settled, Context, list[set[str]]]:  # fmt: skip
-    """A model settled under a judge that passes a file by the names of its float Convs and by whether weights are evened;
-    and what the judge saw."""
+    """A model settled under a judge that passes a file by the names of its float Convs and by whether weights are
+    evened; and what the judge saw."""
     monkeypatch.setattr(settling, "DECIDE_SECONDS", 0.5)
     # A profile would let the load of the machine decide what is planned; default costs are the same everywhere.
     monkeypatch.setattr(Quantizer, "learn_costs", lambda *_: None)
