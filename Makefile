@@ -6,7 +6,7 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint c
 ZOO = $(shell $(PYTHON) -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['zoo'])")
 SAMPLES = $(sort $(wildcard samples/[0-9]*.py))
 
-.PHONY: venv demo test check check-all lint qemu zoo samples bench golden size clean
+.PHONY: venv demo test check check-all lint qemu browser zoo samples bench golden size clean
 
 venv: .venv/installed
 
@@ -24,7 +24,7 @@ test: check-all  ## all that CI runs
 check: lint  ## before each commit: no real models, under 90 s on 2 cores
 	$(BIN)/pytest
 
-check-all: check qemu zoo  ## the zoo tests run the samples too
+check-all: check qemu browser zoo  ## the zoo tests run the samples too
 	$(BIN)/pytest -m slow --durations 8
 
 lint: venv
@@ -37,6 +37,12 @@ qemu:  ## CPUs this one isn't, for tests/test_saturation.py; in CI (CI=true) tho
 	if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
 		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq qemu-user; \
 	else echo "no qemu-x86_64, and no apt-get or root to install it: install qemu-user to test under emulation"; fi
+
+browser:  ## a Chromium for tests/test_pages.py; in CI (CI=true) those tests fail without it
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || \
+	if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium; \
+	else echo "no chromium, and no apt-get or root to install it: install it to test the pages in a browser"; fi
 
 zoo: venv
 	$(BIN)/python -m tests.zoo fetch

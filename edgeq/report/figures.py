@@ -16,6 +16,8 @@ from edgeq.report.record import Report
 Figure = dict[str, Any]
 INTEGER, MOVER, FLOAT = "#2f81f7", "#9aa5b1", "#d2691e"
 COLOURS = (FLOAT, "#3fa66b", "#a371f7", "#c4a000", MOVER)
+SYMBOLS = ("circle", "diamond-open", "x-thin-open")  # for when the colours begin again
+ABOVE = {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "traceorder": "normal"}  # a legend, on phones too
 NO_DISTORTION_DB = 100.0  # a tensor that loses nothing has an infinite ratio: drawn at the top of the scale
 
 
@@ -38,9 +40,9 @@ def _layout(height: int, x_title: str, **more: Any) -> Figure:
 
 
 def size(report: Report) -> Figure | None:
-    """A bar for the source and one for what ships, MiB."""
+    """A bar for the source and one for what ships, MiB; a bar alone says nothing."""
     found = rows.sizes(report)
-    if not found:
+    if len(found) < 2:
         return None
     bars = {
         "type": "bar",
@@ -99,8 +101,7 @@ def coverage(report: Report) -> Figure | None:
         }
         for index, (name, colour) in enumerate((("integer", INTEGER), ("data mover", MOVER), ("float", FLOAT)))
     ]
-    legend = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "traceorder": "normal"}
-    layout = _layout(210, "%", barmode="stack", legend=legend, yaxis={"autorange": "reversed"})
+    layout = _layout(210, "%", barmode="stack", legend=ABOVE, yaxis={"autorange": "reversed"})
     layout["xaxis"] |= {"range": [0, 100]}
     return {"data": bars, "layout": layout}
 
@@ -130,12 +131,14 @@ def _layer_words(row: dict[str, Any]) -> str:
 
 
 def values(report: Report) -> Figure | None:
-    """The histogram of one tensor that advice is given on; a menu chooses which. Counts on a logarithmic axis."""
+    """The histogram of one tensor that advice is given on; the page's menu shows another (plotly's own is long for a
+    phone, and its buttons grow with the square of the tensors). Counts on a logarithmic axis."""
     if not report.advice:
         return None
     bars = [
         {
             "type": "bar",
+            "name": escape(row["tensor"]),
             "x": _middles(row["values"]),
             "y": list(row["values"]["bars"]),
             "visible": index == 0,
@@ -144,18 +147,8 @@ def values(report: Report) -> Figure | None:
         }
         for index, row in enumerate(report.advice)
     ]
-    buttons = [
-        {
-            "label": escape(row["tensor"]),
-            "method": "restyle",
-            "args": ["visible", [other == index for other in range(len(bars))]],
-        }
-        for index, row in enumerate(report.advice)
-    ]
-    menu = {"buttons": buttons, "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"}
     yaxis = {"type": "log", "title": {"text": "count"}}
-    layout = _layout(340, "value", yaxis=yaxis, bargap=0, showlegend=False, updatemenus=[menu])
-    return {"data": bars, "layout": layout | {"margin": {"l": 8, "r": 16, "t": 48, "b": 8}}}
+    return {"data": bars, "layout": _layout(300, "value", yaxis=yaxis, bargap=0, showlegend=False)}
 
 
 def _middles(found: dict[str, Any]) -> list[float]:
@@ -178,8 +171,12 @@ def predicted(report: Report) -> Figure | None:
             "y": [None if row[name] is None else min(row[name], NO_DISTORTION_DB) for row in found],
             "hovertext": [escape(row["tensor"]) for row in found],
             "hovertemplate": f"{escape(name)}: %{{y:.1f}} dB<br>%{{hovertext}}<extra></extra>",
+            "marker": {
+                "color": (INTEGER, *COLOURS)[index % (len(COLOURS) + 1)],
+                "symbol": SYMBOLS[index // (len(COLOURS) + 1) % len(SYMBOLS)],
+            },
         }
-        for name in found[0]
-        if name != "tensor"
+        for index, name in enumerate(name for name in found[0] if name != "tensor")
     ]
-    return {"data": marks, "layout": _layout(420, "weight, in graph order", yaxis={"title": {"text": "dB"}})}
+    layout = _layout(480, "weight, in graph order", yaxis={"title": {"text": "dB"}}, legend=ABOVE)
+    return {"data": marks, "layout": layout}

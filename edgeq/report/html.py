@@ -67,11 +67,20 @@ def _body(report: Report) -> Iterable[str]:
 
 def _charts(report: Report) -> str:
     sections = (
-        f'<section class="{name}"><h2>{escape(heading)}</h2>'
+        f'<section class="{name}"><h2>{escape(heading)}</h2>{_menu(name, report)}'
         f'<div class="chart" id="{name}"></div>{_caption(name, report)}</section>'
         for name, (heading, _) in figures(report).items()
     )
     return f'<div class="charts">{"".join(sections)}</div>'
+
+
+def _menu(name: str, report: Report) -> str:
+    """Which of a figure's traces is shown, where it shows one at a time."""
+    if name != "values":
+        return ""
+    options = "".join(f"<option>{escape(row['tensor'])}</option>" for row in report.advice)
+    # Browsers would put back what was chosen before a reload, beside the first histogram.
+    return f'<select data-chart="{name}" autocomplete="off" aria-label="tensor">{options}</select>'
 
 
 def _caption(name: str, report: Report) -> str:
@@ -116,8 +125,8 @@ def _section(heading: str, table: Sequence[Mapping[str, Any]]) -> str:
         return ""
     opened = " open" if len(table) <= 12 else ""
     headers = rows.columns([dict(row) for row in table])
-    body = "".join(f"<tr>{''.join(_cell(row.get(name)) for name in headers)}</tr>" for row in table)
-    numeric = {name for name in headers if all(isinstance(row.get(name), int | float) for row in table)}
+    numeric = {name for name in headers if _numeric([row.get(name) for row in table])}
+    body = "".join(f"<tr>{''.join(_cell(row.get(name), name in numeric) for name in headers)}</tr>" for row in table)
     head = "".join(_header(name, name in numeric) for name in headers)
     return f"<details{opened}><summary>{escape(heading)} ({len(table)})</summary>{_table(head, body)}</details>"
 
@@ -130,12 +139,31 @@ def _header(name: str, numeric: bool) -> str:
     return f"<th{' class=number' if numeric else ''}><button>{escape(name)}</button></th>"
 
 
-def _cell(value: Any) -> str:
+def _numeric(values: Sequence[Any]) -> bool:
+    """Whether a column holds numbers, with gaps or without; yes and no are none."""
+    given = [value for value in values if value is not None]
+    return bool(given) and all(isinstance(value, int | float) and not isinstance(value, bool) for value in given)
+
+
+def _cell(value: Any, numeric: bool) -> str:
     if isinstance(value, bool) or value is None:
         return f"<td>{'' if value is None else 'yes' if value else 'no'}</td>"
     if isinstance(value, int | float):
-        return f'<td class="number" data-value="{value}">{rows.number(float(value))}</td>'
-    return f"<td>{escape(_words(value))}</td>"
+        return f"<td{' class=number' if numeric else ''}{_sorts_as(value)}>{rows.number(float(value))}</td>"
+    text = _words(value)
+    return f"<td{_width(text)}>{escape(text)}</td>"
+
+
+def _sorts_as(value: float | None) -> str:
+    """The attribute that a column is sorted by, as JavaScript reads numbers."""
+    return "" if value is None else f' data-value="{json.dumps(float(value))}"'
+
+
+def _width(text: str) -> str:
+    """The class of a cell that needs more room than a word."""
+    if text and not text.strip(rows.BLOCKS + " "):
+        return " class=spark"
+    return " class=sentence" if len(text) > 60 else " class=phrase" if len(text) > 16 else ""
 
 
 def _words(value: Any) -> str:
@@ -149,9 +177,10 @@ def _words(value: Any) -> str:
 
 def _checks(checks: Sequence[Check]) -> str:
     body = "".join(
-        f"<tr>{_mark(check)}<td>{escape(check.name)}</td>"
-        f'<td class="number" data-value="{check.value}">{escape(rows.quantity(check.value, check.unit))}</td>'
-        f"<td>{rows.interval(check)}</td><td>{rows.limit(check)}</td><td>{escape(check.note)}</td></tr>"
+        f"<tr>{_mark(check)}<td{_width(check.name)}>{escape(check.name)}</td>"
+        f"<td class=number{_sorts_as(check.value)}>{escape(rows.quantity(check.value, check.unit))}</td>"
+        f"<td{_sorts_as(check.low)}>{rows.interval(check)}</td><td{_sorts_as(check.limit)}>{rows.limit(check)}</td>"
+        f"<td{_width(check.note)}>{escape(check.note)}</td></tr>"
         for check in checks
     )
     head = "".join(_header(name, name == "value") for name in ("", "check", "value", "95 % interval", "limit", "note"))

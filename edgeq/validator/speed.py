@@ -9,6 +9,7 @@ from pathlib import Path
 from edgeq.ir import io
 from edgeq.num.intervals import Interval
 from edgeq.report.record import Check
+from edgeq.report.rows import quantity
 from edgeq.run.record import Feed, Timing
 from edgeq.run.timing import TimedConfig, compare, measure_memory, ratio, with_footprint
 from edgeq.validator.limits import Limits, held
@@ -84,7 +85,7 @@ def _footprint_checks(timing: Timing, best: Timing, limits: Limits) -> list[Chec
         ("first_run_ms", "ms", timing.first_ms, best.first_ms),
     ]
     return [
-        held(name, Interval(float(value), None, None), limits, unit=unit, note=f"float: {float(other):.6g} {unit}")
+        held(name, Interval(float(value), None, None), limits, unit=unit, note=f"float: {quantity(float(other), unit)}")
         for name, unit, value, other in rows
     ]
 
@@ -92,7 +93,8 @@ def _footprint_checks(timing: Timing, best: Timing, limits: Limits) -> list[Chec
 def size(reference: Path, artifact: Path, limits: Limits | None = None) -> tuple[Check, ...]:
     """``size_bytes`` of the artefact and ``size_ratio`` to the reference, external data included."""
     found, before = io.size_bytes(artifact), io.size_bytes(reference)
+    note = f"float: {quantity(before, 'bytes')}"
     return (
         held("size_bytes", Interval(float(found), None, None), limits or {}, unit="bytes"),
-        held("size_ratio", Interval(found / before, None, None), limits or {}, note=f"float: {before} bytes"),
+        held("size_ratio", Interval(found / before, None, None), limits or {}, note=note),
     )
