@@ -136,7 +136,7 @@ def validate(
     with recorder.step("validate", len(samples)):
         validation = measure(
             model, shipped.model, samples, metric=metric, limits=wanted.limits(), threads=chosen.threads,
-            provider=chosen.provider, config=chosen.session, seed=seed,
+            provider=chosen.execution, seed=seed,
         )  # fmt: skip
     return replace(
         shipped.report, checks=validation.checks, latency=timing_facts(validation.timings), steps=tuple(recorder.steps),
@@ -159,11 +159,10 @@ def bench(
     chosen, recorder = target_of(target, threads), Recorder(progress)
     paths = [model_file(Path(model)) for model in models]
     configs = [
-        TimedConfig(str(model), path, config=chosen.session, provider=chosen.provider)
-        for model, path in zip(models, paths, strict=True)
+        TimedConfig(str(model), path, provider=chosen.execution) for model, path in zip(models, paths, strict=True)
     ]
     pins = pins_of(inputs)
-    session = open_session(paths[0], provider=chosen.provider)
+    session = open_session(paths[0], provider=chosen.execution)
     feed = feeds_like(session, seed)
     feed |= {name: np.resize(feed[name], shape).astype(feed[name].dtype) for name, shape in pins.items()}
     rounds: dict[str, Any] = {} if repeats is None else {"rounds": repeats, "min_seconds": 0.0, "max_seconds": 0.0}

@@ -97,7 +97,7 @@ def export(
         prepared = steps.apply(plan, source, context)
         judge = Judge(
             reference, held_out, metric=metric, limits=wanted.limits(), threads=max(chosen_target.threads),
-            provider=chosen_target.provider, config=chosen_target.session,
+            provider=chosen_target.execution,
         )  # fmt: skip
         floats = _floats(source, prepared, reference, judge, context, folder)
         refuse_unmeasured(wanted.limits(), floats[-1].checks or judge(reference))  # before the long work, not after
@@ -164,8 +164,8 @@ def _validate(
 ) -> Validation:
     """The choice measured once more, longer and beside every float file: what ships is what this says."""
     target, chosen, limits = context.target, settled.chosen, wanted.limits()
-    configs = [TimedConfig(draft.name, draft.path, config=target.session, provider=target.provider) for draft in floats]
-    artifact = TimedConfig("artifact", chosen.path, config=target.session, provider=target.provider)
+    configs = [TimedConfig(draft.name, draft.path, provider=target.execution) for draft in floats]
+    artifact = TimedConfig("artifact", chosen.path, provider=target.execution)
     with context.recorder.step("validate", len(held_out)):
         accurate = chosen.checks or judge(chosen.path)
         fast = latency(

@@ -12,7 +12,7 @@ from dataclasses import replace
 import onnx_ir as ir
 
 from edgeq.analyse import encode as encoding
-from edgeq.analyse import heads
+from edgeq.analyse import heads, taken
 from edgeq.analyse import place as placement
 from edgeq.analyse.blame import blame
 from edgeq.analyse.cost import concrete_shapes
@@ -32,6 +32,7 @@ from edgeq.report.record import AtomNoise, Coverage
 from edgeq.rewrite.qdq import insert_qdq
 from edgeq.run.record import Samples
 from edgeq.run.samples import take
+from edgeq.target.record import CPU
 
 SENSITIVITY_SAMPLES = 32
 REFINE_SAMPLES = 8
@@ -210,7 +211,8 @@ class Quantizer:
         for _ in range(FUSION_ROUNDS):
             plan = self._holdable(extra)
             model = self.build(plan)
-            seen, wrong = read_back(model, plan, self.shapes, self.context.target)
+            read = read_back if self.context.target.provider == CPU.name else taken.read_back
+            seen, wrong = read(model, plan, self.shapes, self.context.target)
             if not wrong:
                 break
             self.keep_float.update(wrong)

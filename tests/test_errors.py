@@ -335,12 +335,12 @@ def test_for_people_the_same_is_said_on_stderr(folder: Path, capsys: pytest.Capt
 
 def test_a_missing_runtime_is_status_3(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "npu.toml").write_text(
-        'extends = "cpu-x64-vnni"\nsummary = "x"\nverified = "documentation"\nprovider = "QNNExecutionProvider"\n'
+        'extends = "cpu-x64-vnni"\nsummary = "x"\nverified = "documentation"\nprovider = "CUDAExecutionProvider"\n'
     )
     assert main([*export("-t", "./npu.toml")(folder), "--json"]) == 3
     error = json.loads(capsys.readouterr().out)["error"]
     assert error["code"] == "runtime"
-    assert "QNNExecutionProvider" in error["message"]
+    assert "CUDAExecutionProvider" in error["message"]
 
 
 @pytest.mark.slow

@@ -21,11 +21,12 @@ from edgeq.errors import RuntimeUnavailableError
 from edgeq.num.quant import parse_quant
 from edgeq.target.load import load_target
 from edgeq.target.micro import micro_model
-from edgeq.target.oracle import Oracle, Verdict, cache_folder
+from edgeq.target.oracle import Oracle, cache_folder
 from edgeq.target.patterns import PATTERNS, Row, build, carried, table
 from edgeq.target.question import question, signature
 from edgeq.target.record import Target
 from edgeq.target.runtime import agrees, disagreement, optimize
+from edgeq.target.verdict import Verdict
 
 TARGET = load_target("cpu-x64-vnni")
 CONV_SHAPE = (1, 8, 6, 6)
@@ -355,8 +356,8 @@ def test_nothing_is_asked_without_need(tmp_path: Path) -> None:
 
 
 def test_missing_provider_is_named(tmp_path: Path) -> None:
-    target: Target = replace(TARGET, name="npu-test", provider="QNNExecutionProvider")
-    with pytest.raises(RuntimeUnavailableError, match="has no QNNExecutionProvider, which target 'npu-test' needs"):
+    target: Target = replace(TARGET, name="gpu-test", provider="CUDAExecutionProvider")
+    with pytest.raises(RuntimeUnavailableError, match="'CUDAExecutionProvider' isn't in the installed onnxruntime"):
         Oracle(target, tmp_path).ask(conv())
 
 

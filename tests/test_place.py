@@ -22,7 +22,8 @@ from edgeq.ir import query
 from edgeq.rewrite.qdq import insert_qdq
 from edgeq.source import read_model
 from edgeq.target.load import load_target
-from edgeq.target.oracle import Oracle, Verdict
+from edgeq.target.oracle import Oracle
+from edgeq.target.verdict import Verdict
 from tests.graphs import graph, normal, number
 from tests.placed import MINMAX, VNNI, all_integer, oracle_of, placed, samples_of
 

@@ -13,6 +13,7 @@ from onnx.reference import ReferenceEvaluator
 
 from edgeq.errors import ModelError, RuntimeUnavailableError, SampleError, UsageError
 from edgeq.run.session import OrtRunner, feeds_like, input_specs, open_session, output_specs, run_all, run_session
+from edgeq.target.record import Provider
 
 
 def linear(batch: str | int = "n") -> onnx.ModelProto:
@@ -126,7 +127,7 @@ def test_what_the_runtime_cannot_load_is_a_model_error(tmp_path):
 
 def test_an_absent_provider_is_named_with_those_here():
     with pytest.raises(RuntimeUnavailableError, match=r"'NopeProvider'.*\n.*CPUExecutionProvider"):
-        open_session(linear().SerializeToString(), provider="NopeProvider")
+        open_session(linear().SerializeToString(), provider=Provider("NopeProvider"))
 
 
 @pytest.mark.parametrize(

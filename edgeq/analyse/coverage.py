@@ -52,7 +52,7 @@ def optimised(model: ir.Model, target: Target, level: Level = "extended") -> ir.
     """The graph the runtime would run at ``level``. Raises ModelError when it refuses the model."""
     with tempfile.TemporaryDirectory(prefix="edgeq-") as folder:
         path = Path(folder) / "optimised.onnx"
-        open_session(model, level=level, provider=target.provider, config=target.session, optimized_path=path)
+        open_session(model, level=level, provider=target.execution, optimized_path=path)
         return io.read(path)
 
 
@@ -139,9 +139,9 @@ def _summary(
     work = {atom.name: query.macs(atom.head, shapes.get(str(atom.head.outputs[0].name))) for atom in plan.atoms}
     total = sum(work.values())
     islands = tuple(
-        Island(atom.name, atom.head.op_type, _why_float(atom.name, plan), work[atom.name])
+        Island(atom.name, atom.head.op_type, why_float(atom.name, plan), work[atom.name])
         for atom in plan.atoms
-        if atom.name not in done and _computes(atom) and not (atom.name in plan.integer and not work[atom.name])
+        if atom.name not in done and computes(atom) and not (atom.name in plan.integer and not work[atom.name])
     )
     return Coverage(
         integer_macs_share=sum(work[name] for name in done) / total if total else 0.0,
@@ -155,14 +155,14 @@ def _summary(
     )
 
 
-def _computes(atom: Atom) -> bool:
+def computes(atom: Atom) -> bool:
     """Whether an atom does arithmetic on floats: a mover left float costs nothing worth a row."""
     row = OPS.get(atom.head.op_type)
     moves = row is not None and row.keeps_scale
     return bool(atom.inputs) and any(query.is_float(value) for value in atom.head.outputs) and not moves
 
 
-def _why_float(name: str, plan: Plan) -> str:
+def why_float(name: str, plan: Plan) -> str:
     if name in plan.integer:
         return f"planned as {plan.integer[name]}, but the runtime did not fuse it here"
     return plan.left_float.get(name, "not considered")

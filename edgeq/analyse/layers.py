@@ -24,7 +24,7 @@ def layers(
     names = [name for name in plan.tensors if name not in plan.ties]
     twin = _dequantized(quantized, names)
     exact, noisy = _tapped(reference, names), _tapped(quantized, list(twin.values()))
-    sessions = [open_session(m, threads=2, provider=target.provider, level="basic") for m in (exact, noisy)]
+    sessions = [open_session(m, threads=2, provider=target.simulation, level="basic") for m in (exact, noisy)]
     power, error = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
     computed = [name for name in names if name not in {str(value.name) for value in reference.graph.inputs}]
     for feed in feeds:

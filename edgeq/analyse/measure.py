@@ -45,7 +45,7 @@ def _by_atom(
     model: ir.Model, atoms: Sequence[Atom], feeds: Sequence[Feed], target: Target, threads: int
 ) -> tuple[dict[str, float], float]:
     """Nanoseconds by atom, and those of Q, DQ and layout changes that belong to none."""
-    times, graph = profile(model, feeds, threads=threads, provider=target.provider, config=target.session)
+    times, graph = profile(model, feeds, threads=threads, provider=target.execution)
     traced = trace(model, graph.graph)
     atom_of = {str(node.name): atom.name for atom in atoms for node in atom.nodes}
     kinds = {str(node.name): node.op_type for node in graph.graph}

@@ -4,7 +4,8 @@ A Plan labels every *atom* - a node with what the target folds into it (bias Add
 Candidates are what the oracle saw become an integer kernel; among them one minimum cut picks the labels with the least
 total cost of kernels and of the Q/DQ between the two worlds. Instead of rules ("Add after Conv is quantized"): the
 rules of one runtime fail on the next, and greedy placement leaves islands that cost more than they save.
-Costs are the defaults below at first, and measured per-node times once a profile exists.
+Costs are the defaults below at first, and measured per-node times once a profile exists. On a target that wants the
+whole graph every candidate is integer.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from edgeq.analyse.cut import INFINITE, Network
 from edgeq.ir import query
 from edgeq.ir.ops import OPS
 from edgeq.num.quant import Quant
-from edgeq.target.oracle import Oracle, Verdict
+from edgeq.target.oracle import Oracle
 from edgeq.target.record import Target
+from edgeq.target.verdict import Verdict
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -135,7 +137,7 @@ def _ask(node: ir.Node, inputs: tuple[int, ...], constants: tuple[int, ...], ora
     chain = _chain(node)
     bias = _bias_edge(chain)
     bias_names = _names(bias[0], (bias[1],)) if bias is not None else set()
-    bare, bare_bias = _ask_bare(chain, edges, bias_names, oracle)
+    bare, bare_bias = (None, False) if oracle.target.whole else _ask_bare(chain, edges, bias_names, oracle)
     while True:
         wanted = edges | bias_names | {str(value.name) for value in chain[-1].outputs}
         verdicts = oracle.ask_pattern(chain, wanted)
@@ -246,7 +248,8 @@ def place(
         for atom in atoms
         if atom.verdict.kind != "float" and not any(str(node.name) in keep_float for node in atom.nodes)
     ]
-    labels = _useful(candidates, _cut(candidates, costs))
+    everything = {atom.name for atom in candidates}
+    labels = everything if target.whole else _useful(candidates, _cut(candidates, costs))
     return _plan(atoms, labels, target, keep_float)
 
 

@@ -46,7 +46,7 @@ def by_readers(
                 for atom in readers[name]:
                     if atom is not None and atom.name not in sessions:
                         small = part(model, [name], [str(value.name) for value in atom.outputs])
-                        sessions[atom.name] = open_session(small, threads=threads, provider=target.provider)
+                        sessions[atom.name] = open_session(small, threads=threads, provider=target.simulation)
                     run = None if atom is None else sessions[atom.name]
                     for method, value in _noise(name, array, candidates[name], run).items():
                         noise[root(name, plan.ties)][method] += value

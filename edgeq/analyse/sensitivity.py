@@ -79,7 +79,12 @@ class Job:
     def facts(self) -> tuple[object, ...]:
         """What every answer depends on."""
         target = self.target
-        surroundings = (onnxruntime.__version__, sorted(cpu_flags()), target.provider, sorted(target.session.items()))
+        surroundings = (
+            onnxruntime.__version__,
+            sorted(cpu_flags()),
+            target.simulation.name,
+            sorted(target.simulation.session.items()),
+        )
         return VERSION, io.digest(self.model), self.samples.digest, len(self.samples), *surroundings
 
 
@@ -113,7 +118,7 @@ class Probe:
 
     def _outputs(self, model: ir.Model) -> list[Mapping[str, Array]]:
         target = self._target
-        session = open_session(model, threads=self._threads, provider=target.provider, config=target.session)
+        session = open_session(model, threads=self._threads, provider=target.simulation)
         return [run_session(session, feed) for feed in self._feeds]
 
 
@@ -187,7 +192,7 @@ class _Session:
     """A part of the model, opened on one thread."""
 
     def __init__(self, model: ir.Model, target: Target) -> None:
-        self.session = open_session(model, threads=1, provider=target.provider, config=target.session)
+        self.session = open_session(model, threads=1, provider=target.simulation)
         self.inputs = [value.name for value in self.session.get_inputs()]
 
     def run(self, values: Mapping[str, Array]) -> dict[str, Array]:

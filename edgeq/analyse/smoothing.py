@@ -107,7 +107,7 @@ def _rows(
     wanted = [name for name in tensors if name in values]
     shown = {str(value.name) for value in tapped.graph.outputs}
     tapped.graph.outputs.extend(values[name] for name in wanted if name not in shown)
-    session = open_session(tapped, threads=threads, provider=target.provider, level="basic")
+    session = open_session(tapped, threads=threads, provider=target.simulation, level="basic")
     kept: dict[str, list[F32]] = {name: [] for name in wanted}
     peaks: dict[str, F32] = {}
     count = min(len(samples), ROW_SAMPLES)

@@ -19,8 +19,8 @@ from edgeq.report.record import Report
 from edgeq.target.record import Target
 
 if TYPE_CHECKING:
-    from edgeq.target.oracle import Verdict
     from edgeq.target.patterns import Row
+    from edgeq.target.verdict import Verdict
 
 Table = Mapping[str, Any]
 
@@ -154,10 +154,14 @@ def _kernels(target: Target) -> dict[str, str]:
     from edgeq.target.patterns import table
     from edgeq.target.runtime import runtime_version
 
+    try:
+        answers = table(target)
+    except errors.RuntimeUnavailableError as error:
+        return {"kernels": f"can't be asked here: {error.message}; to ask, {error.hint}"}
     asked = {
         "kernels": f"asked of ONNX Runtime {runtime_version()} on this machine, with Q/DQ on each edge not called float"
     }
-    return asked | {f"kernel of {row.pattern}": _verdict(row) for row in table(target)}
+    return asked | {f"kernel of {row.pattern}": _verdict(row) for row in answers}
 
 
 def _verdict(row: Row) -> str:

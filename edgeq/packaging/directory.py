@@ -32,7 +32,8 @@ from edgeq.packaging.manifest import (
     refuse_other_schema,
 )
 from edgeq.report import codec, html
-from edgeq.run.session import RUNTIME_ERRORS, first_line
+from edgeq.run.session import RUNTIME_ERRORS
+from edgeq.target.provider import first_line
 
 
 def write_directory(package: Package, out: Path, *, force: bool = False) -> Path:

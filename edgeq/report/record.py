@@ -65,7 +65,9 @@ class Island:
 class Coverage:
     """What runs in which arithmetic, read from the runtime's own optimised graph.
 
-    ``unexplained`` lists Q/DQ nodes that survive fusion and that no boundary with a float island explains.
+    ``unexplained`` lists Q/DQ nodes that survive fusion and that no boundary with a float island explains; of a file
+    for another provider than the CPU's, nodes that run on the CPU and aren't the Q/DQ of inputs and outputs.
+    ``providers``: of such a file, how many nodes each provider runs.
     """
 
     integer_macs_share: float
@@ -76,6 +78,7 @@ class Coverage:
     float_islands: tuple[Island, ...] = ()
     unexplained: tuple[str, ...] = ()
     kernels: dict[str, int] = field(default_factory=dict)
+    providers: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

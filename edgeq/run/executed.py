@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
+import onnxruntime
 
 from edgeq.ir import io
 from edgeq.run.record import Feed
 from edgeq.run.session import DTYPES, open_session, run_session
+from edgeq.target.record import CPU, Provider
 
 APART = "session.optimized_model_external_initializers_file_name"  # weights stay out of a file that ends at 2 GiB
 
@@ -37,15 +39,15 @@ def executed(
     model: Path | ir.Model,
     feed: Feed,
     *,
-    provider: str = "CPUExecutionProvider",
+    provider: Provider = CPU,
     config: Mapping[str, str] | None = None,
 ) -> tuple[list[Executed], ir.Model]:
     """The nodes of the optimised main graph that one run executed, in order, and that graph without its larger weights'
     data; nodes of bodies aren't among them."""
     with tempfile.TemporaryDirectory(prefix="edgeq-", ignore_cleanup_errors=True) as folder:
         optimised = Path(folder) / "optimised.onnx"
-        session = open_session(
-            model, provider=provider, config={**(config or {}), APART: "optimised.data"},
+        session: onnxruntime.InferenceSession = open_session(
+            model, provider=provider, isolated=False, config={**(config or {}), APART: "optimised.data"},
             optimized_path=optimised, profile_prefix=Path(folder) / "profile",
         )  # fmt: skip
         run_session(session, feed)

@@ -14,10 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime
 
 from edgeq.ir import io
 from edgeq.run.record import Feed
 from edgeq.run.session import Level, open_session, run_session
+from edgeq.target.record import CPU, Provider
 
 
 def profile(
@@ -26,7 +28,7 @@ def profile(
     *,
     threads: int = 1,
     level: Level = "all",
-    provider: str = "CPUExecutionProvider",
+    provider: Provider = CPU,
     config: Mapping[str, str] | None = None,
     warmup: int = 3,
     repeats: int = 20,
@@ -37,8 +39,8 @@ def profile(
     """
     with tempfile.TemporaryDirectory(prefix="edgeq-") as folder:
         optimised = Path(folder) / "optimised.onnx"
-        session = open_session(
-            model, threads=threads, level=level, provider=provider, config=config,
+        session: onnxruntime.InferenceSession = open_session(
+            model, threads=threads, level=level, provider=provider, config=config, isolated=False,
             optimized_path=optimised, profile_prefix=Path(folder) / "profile",
         )  # fmt: skip
         for index in range(warmup + repeats):

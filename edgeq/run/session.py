@@ -1,8 +1,9 @@
-"""ONNX Runtime sessions in this process: open one, describe it, run it (L4).
+"""ONNX Runtime sessions: open one, describe it, run it (L4).
 
 One place sets session options and turns the runtime's exceptions into ``EdgeqError``, instead of each caller doing so,
-because the same model must load the same way when it is calibrated, validated and timed. Warnings of the runtime are
-silenced (severity 3): what they say about placement is read from the optimised graph by ``analyse.coverage``.
+because the same model must load the same way when it is calibrated, validated and timed. Sessions on the CPU live in
+this process, those on other providers in the one of ``target.isolated``. Warnings of the runtime are silenced (severity
+3): what they say about placement is read from the optimised graph by ``analyse.coverage``.
 """
 
 from __future__ import annotations
@@ -10,17 +11,20 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import ml_dtypes
 import numpy as np
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 
-from edgeq.errors import ModelError, RuntimeUnavailableError, SampleError, UsageError
+from edgeq.errors import ModelError, SampleError, UsageError
 from edgeq.run.record import Array, Feed, Timing
+from edgeq.target.isolated import Argument, IsolatedSession
+from edgeq.target.provider import RefusedError, check_taken, first_line, open_on, runtime_errors
+from edgeq.target.record import CPU, Provider
 
 if TYPE_CHECKING:  # onnx_ir takes half a second to import, which a measuring process never needs
     import onnx_ir
@@ -43,10 +47,8 @@ DTYPES: dict[str, np.dtype[Any]] = {
     **{f"tensor({sign}int{bits})": np.dtype(f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)},
 }
 
-# Every class the runtime raises from; they share no base but Exception.
-RUNTIME_ERRORS: tuple[type[Exception], ...] = tuple(
-    value for value in vars(ort_state).values() if isinstance(value, type) and issubclass(value, Exception)
-)
+RUNTIME_ERRORS = runtime_errors()
+Session: TypeAlias = onnxruntime.InferenceSession | IsolatedSession
 
 
 @dataclass(frozen=True)
@@ -67,67 +69,57 @@ def open_session(
     *,
     threads: int = 1,
     level: Level = "all",
-    provider: str = "CPUExecutionProvider",
+    provider: Provider = CPU,
     config: Mapping[str, str] | None = None,
     optimized_path: Path | None = None,
     profile_prefix: Path | None = None,
     shared_pool: bool = False,
-) -> onnxruntime.InferenceSession:
+    isolated: bool = True,
+) -> Session:
     """Load ``model`` (file, serialised bytes or IR) and return a session ready to run.
 
-    ``config`` holds session config entries. ``shared_pool`` uses the process-wide thread pool, whose size
-    ``onnxruntime.set_global_thread_pool_sizes`` sets before the first session; ``threads`` has no effect then.
-    Raises ModelError when the runtime refuses the model, RuntimeUnavailableError when it lacks ``provider``.
+    ``config`` holds session config entries besides the provider's. ``shared_pool`` uses the process-wide thread pool,
+    whose size ``onnxruntime.set_global_thread_pool_sizes`` sets before the first session; ``threads`` has no effect
+    then. ``isolated`` is False in a process that may die, and where the profiler is read. Raises ModelError when the
+    runtime refuses the model, RuntimeUnavailableError when ``provider`` isn't here or takes no node of it.
     """
-    if provider not in onnxruntime.get_available_providers():
-        available = ", ".join(onnxruntime.get_available_providers())
-        raise RuntimeUnavailableError(
-            f"provider {provider!r} isn't in the installed onnxruntime {onnxruntime.__version__}",
-            hint=f"available here: {available}",
-        )
-    options = _options(threads, level, config or {}, shared_pool)
+    settings = _settings(threads, level, shared_pool)
+    provider = replace(provider, session={**provider.session, **(config or {})})
     if optimized_path is not None:
-        options.optimized_model_filepath = str(optimized_path)
+        settings["optimized_model_filepath"] = str(optimized_path)
     if profile_prefix is not None:
-        options.enable_profiling = True
-        options.profile_file_prefix = str(profile_prefix)
+        settings |= {"enable_profiling": True, "profile_file_prefix": str(profile_prefix)}
     if isinstance(model, Path | bytes):
-        return _load(model, options, provider)
+        return _load(model, provider, settings, isolated)
     from edgeq.ir import io
 
     if io.weight_bytes(model) <= io.INLINE_BYTES:
-        return _load(io.to_bytes(model), options, provider)
+        return _load(io.to_bytes(model), provider, settings, isolated)
     with tempfile.TemporaryDirectory(prefix="edgeq-", ignore_cleanup_errors=True) as folder:
         path = Path(folder) / "model.onnx"
         io.write(model, path)
         if optimized_path is not None:
-            options.add_session_config_entry(
-                "session.optimized_model_external_initializers_file_name", optimized_path.name + ".data"
-            )
-        return _load(path, options, provider)
+            apart = {"session.optimized_model_external_initializers_file_name": optimized_path.name + ".data"}
+            provider = replace(provider, session={**provider.session, **apart})
+        return _load(path, provider, settings, isolated)
 
 
-def _options(threads: int, level: Level, config: Mapping[str, str], shared_pool: bool) -> onnxruntime.SessionOptions:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.graph_optimization_level = LEVELS[level]
-    options.use_per_session_threads = not shared_pool
-    if not shared_pool:
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-    for key, value in config.items():
-        options.add_session_config_entry(key, value)
-    return options
+def _settings(threads: int, level: Level, shared_pool: bool) -> dict[str, Any]:
+    """Attributes of SessionOptions."""
+    pool = {} if shared_pool else {"intra_op_num_threads": threads, "inter_op_num_threads": 1}
+    return {"graph_optimization_level": LEVELS[level], "use_per_session_threads": not shared_pool, **pool}
 
 
-def _load(model: Path | bytes, options: onnxruntime.SessionOptions, provider: str) -> onnxruntime.InferenceSession:
+def _load(model: Path | bytes, provider: Provider, settings: Mapping[str, Any], isolated: bool) -> Session:
     where = "the model in memory" if isinstance(model, bytes) else str(model)
     if isinstance(model, Path) and not model.is_file():
         raise ModelError(f"{where}: no such file", hint="give the path of an .onnx file")
     try:
-        return onnxruntime.InferenceSession(
-            model if isinstance(model, bytes) else str(model), options, providers=[provider]
-        )
+        if isolated and provider.name != CPU.name:
+            return IsolatedSession(model, provider, settings)
+        session = open_on(model, provider, settings)
+        check_taken(session, provider)
+        return session
     except RUNTIME_ERRORS as error:
         raise ModelError(
             f"onnxruntime {onnxruntime.__version__} can't load {where}: {first_line(error)}",
@@ -135,23 +127,17 @@ def _load(model: Path | bytes, options: onnxruntime.SessionOptions, provider: st
         ) from error
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of a runtime message without its ``[ONNXRuntimeError]`` prefix; the node, when any, is in it."""
-    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return text.removeprefix("[ONNXRuntimeError] : ")
-
-
-def input_specs(model: onnxruntime.InferenceSession | onnx_ir.Model) -> tuple[TensorSpec, ...]:
+def input_specs(model: Session | onnx_ir.Model) -> tuple[TensorSpec, ...]:
     """The inputs a caller must feed, in order; initializers listed as inputs are left out."""
-    if isinstance(model, onnxruntime.InferenceSession):
+    if isinstance(model, Session):
         return tuple(_node_arg_spec(arg) for arg in model.get_inputs())
     weights = model.graph.initializers
     return tuple(_value_spec(value) for value in model.graph.inputs if value.name not in weights)
 
 
-def output_specs(model: onnxruntime.InferenceSession | onnx_ir.Model) -> tuple[TensorSpec, ...]:
+def output_specs(model: Session | onnx_ir.Model) -> tuple[TensorSpec, ...]:
     """The outputs a run returns, in order."""
-    if isinstance(model, onnxruntime.InferenceSession):
+    if isinstance(model, Session):
         return tuple(_node_arg_spec(arg) for arg in model.get_outputs())
     return tuple(_value_spec(value) for value in model.graph.outputs)
 
@@ -166,13 +152,13 @@ def _value_spec(value: onnx_ir.Value) -> TensorSpec:
     return TensorSpec(str(value.name), np.dtype(value.dtype.numpy()), shape)
 
 
-def _node_arg_spec(arg: onnxruntime.NodeArg) -> TensorSpec:
+def _node_arg_spec(arg: onnxruntime.NodeArg | Argument) -> TensorSpec:
     if arg.type not in DTYPES:
         raise ModelError(f"{arg.name!r} has type {arg.type}, expected a tensor of numbers")
     return TensorSpec(arg.name, DTYPES[arg.type], tuple(arg.shape))
 
 
-def feeds_like(session: onnxruntime.InferenceSession, seed: int = 0, dims: Mapping[str, int] | None = None) -> Feed:
+def feeds_like(session: Session, seed: int = 0, dims: Mapping[str, int] | None = None) -> Feed:
     """``random_feed`` for the inputs of ``session``."""
     return random_feed(input_specs(session), seed, dims)
 
@@ -196,9 +182,7 @@ def _random(spec: TensorSpec, rng: np.random.Generator, dims: Mapping[str, int])
     return rng.standard_normal(shape).astype(spec.dtype)
 
 
-def run_session(
-    session: onnxruntime.InferenceSession, feed: Mapping[str, Array], outputs: Sequence[str] | None = None
-) -> dict[str, Array]:
+def run_session(session: Session, feed: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
     """One run. Raises SampleError when the feed doesn't fit the inputs, ModelError when a node fails."""
     names = [arg.name for arg in session.get_outputs()] if outputs is None else list(outputs)
     if not names:
@@ -206,16 +190,20 @@ def run_session(
     try:
         return dict(zip(names, session.run(names, dict(feed)), strict=True))
     except (ValueError, ort_state.InvalidArgument) as error:  # a missing input; a wrong name, dtype or shape
-        expected = "; ".join(map(str, input_specs(session)))
-        raise SampleError(
-            f"a sample doesn't fit the model: {first_line(error)}", hint=f"the inputs are: {expected}"
-        ) from error
+        raise _unfit(session, error) from error
     except RUNTIME_ERRORS as error:
+        if isinstance(error, RefusedError) and error.argument:
+            raise _unfit(session, error) from error
         raise ModelError(f"the model fails while running: {first_line(error)}") from error
 
 
+def _unfit(session: Session, error: Exception) -> SampleError:
+    expected = "; ".join(map(str, input_specs(session)))
+    return SampleError(f"a sample doesn't fit the model: {first_line(error)}", hint=f"the inputs are: {expected}")
+
+
 def run_all(
-    session: onnxruntime.InferenceSession, samples: Iterable[Feed], outputs: Sequence[str] | None = None
+    session: Session, samples: Iterable[Feed], outputs: Sequence[str] | None = None
 ) -> Iterator[dict[str, Array]]:
     """Outputs (all, or those named) of each sample in turn; nothing is kept between samples."""
     return (run_session(session, feed, outputs) for feed in samples)

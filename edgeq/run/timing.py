@@ -30,6 +30,7 @@ from edgeq import errors
 from edgeq.errors import RuntimeUnavailableError, SampleError, UsageError
 from edgeq.run.record import Feed, Timing
 from edgeq.run.session import Level, timing_of
+from edgeq.target.record import CPU, Provider
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class TimedConfig:
     path: Path
     level: Level = "all"
     config: Mapping[str, str] = field(default_factory=dict)
-    provider: str = "CPUExecutionProvider"
+    provider: Provider = CPU
 
 
 @dataclass(frozen=True)

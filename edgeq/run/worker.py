@@ -19,8 +19,9 @@ import onnxruntime
 
 from edgeq.errors import EdgeqError
 from edgeq.run.record import Feed, Timing
-from edgeq.run.session import open_session, run_session, timing_of
+from edgeq.run.session import Session, open_session, run_session, timing_of
 from edgeq.run.timing import ratio
+from edgeq.target.record import Provider
 
 TURN_MS = 20.0  # a turn lasts about this long, so that short laps aren't all hand-over
 MIN_LAPS, MAX_LAPS = 2, 20  # laps kept of a turn
@@ -74,14 +75,15 @@ class _Contender:
         return timing_of(self.laps, threads=1, warmup=0, laps_per_turn=self.laps_per_turn)
 
 
-def _open(config: dict[str, Any], *, threads: int, shared_pool: bool) -> onnxruntime.InferenceSession:
+def _open(config: dict[str, Any], *, threads: int, shared_pool: bool) -> Session:
     return open_session(
         Path(config["path"]),
         threads=threads,
         level=config["level"],
-        provider=config["provider"],
+        provider=Provider(**config["provider"]),
         config=config["config"],
         shared_pool=shared_pool,
+        isolated=False,
     )
 
 

@@ -259,10 +259,7 @@ def _race(
     floats: list[Draft], drafts: list[Draft], feeds: Sequence[Feed], context: Context
 ) -> tuple[dict[str, list[Ratio]], Draft]:
     """Ratios to the best float file, one a thread count, and that file."""
-    configs = [
-        TimedConfig(draft.name, draft.path, config=context.target.session, provider=context.target.provider)
-        for draft in (*floats, *drafts)
-    ]
+    configs = [TimedConfig(draft.name, draft.path, provider=context.target.execution) for draft in (*floats, *drafts)]
     runs = [
         compare(configs, feeds, threads=threads, max_seconds=DECIDE_SECONDS, seed=context.seed)
         for threads in context.target.threads

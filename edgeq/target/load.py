@@ -1,8 +1,8 @@
 """Target files: TOML in, ``Target`` out, every mistake named (L3).
 
 A file holds facts and their sources, no logic. It may extend another one; single keys replace the parent's, tables
-(``limits``, ``session``, ``sources``) are merged key by key. ``summary`` and ``verified`` speak of one file and are
-not inherited: a family nobody ran may extend one that was measured.
+(``limits``, ``options``, ``choices``, ``session``, ``sources``) are merged key by key. ``summary`` and ``verified``
+speak of one file and are not inherited: a family nobody ran may extend one that was measured.
 """
 
 from __future__ import annotations
@@ -102,7 +102,19 @@ def _build(path: Path, keys: dict[str, Any]) -> Target:
         if key not in keys:
             raise TargetError(f"{path}: key {key!r} is missing", hint="add it, or `extends` a target that has it")
     parsed = {key: KEYS[key][1](value) for key, value in keys.items()}
-    return Target(name=path.stem, **parsed)
+    target = Target(name=path.stem, **parsed)
+    _check_options(path, target)
+    return target
+
+
+def _check_options(path: Path, target: Target) -> None:
+    """TargetError for an option whose value isn't one of its ``choices``: providers take any, and then compute nothing
+    (QNN with an unknown SoC leaves all to the CPU) or for a device that isn't there."""
+    for option, known in target.choices.items():
+        value = target.options.get(option)
+        if value is not None and value not in known:
+            told = ", ".join(f"{choice} ({meaning})" for choice, meaning in known.items())
+            raise TargetError(f"{path}: options.{option} is {value!r}, which isn't known here", hint=f"known: {told}")
 
 
 def _check(path: Path, key: str, value: Any) -> None:
@@ -159,6 +171,18 @@ def _texts(value: Any) -> dict[str, str]:
     return {key: _text(word) for key, word in value.items()}
 
 
+def _tables(value: Any) -> dict[str, dict[str, str]]:
+    if not isinstance(value, dict):
+        raise TypeError
+    return {key: _texts(table) for key, table in value.items()}
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError
+    return value
+
+
 def _format(value: Any) -> str:
     return str(parse_format(_text(value)))
 
@@ -208,6 +232,13 @@ KEYS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "quantized": ("a list of op types", _words),
     "through": ("a list of op types", _words),
     "dynamic": ("a list of op types", _words),
+    "library": ("the name of a Python module", _text),
+    "install": ("a text", _text),
+    "options": ("a table of texts", _texts),
+    "choices": ("a table of tables of texts, one for each option", _tables),
+    "whole": ("true or false", _flag),
+    "static": ("true or false", _flag),
+    "emulator": ("a list of machines", _words),
     "session": ("a table of texts", _texts),
     "threads": ("a list of positive integers", _integers),
     "limits": ("a table of " + ", ".join(LIMIT_KEYS), _limits),

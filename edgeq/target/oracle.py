@@ -12,7 +12,7 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence, Set
-from dataclasses import astuple, dataclass
+from dataclasses import astuple
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -20,35 +20,20 @@ from typing import Literal
 import onnx_ir as ir
 
 from edgeq.num.quant import Quant
+from edgeq.target.compiled import compiled_verdicts
 from edgeq.target.detect import isa_fingerprint
 from edgeq.target.micro import CODE_TYPES, micro_model
+from edgeq.target.provider import provider_version
 from edgeq.target.question import Question, holds_graph, is_real, quantizable_inputs, question, signature
-from edgeq.target.record import Target
+from edgeq.target.record import CPU, Target
 from edgeq.target.runtime import disagreement, optimize, runtime_version
+from edgeq.target.verdict import COMPARING, KINDS, Kind, Verdict
 
 PROBE = 2  # raised when micro-models or the reading of verdicts change: older answers are asked again
 
-Kind = Literal["integer", "mover", "float"]
-KINDS: tuple[Kind, ...] = ("integer", "mover", "float")
-
-# Ops that compare codes, which is arithmetic; every other op that stays itself on codes only moves them.
-COMPARING = frozenset({"MaxPool", "GlobalMaxPool", "ReduceMax", "ReduceMin", "ArgMax", "ArgMin", "TopK", "Clip"})
 # What the runtime puts around a kernel; skipped on the way from an edge to the kernel that computed it.
 _PLUMBING = frozenset({"QuantizeLinear", "DequantizeLinear", "Reshape", "Transpose", "Cast", "Squeeze", "Unsqueeze"})
 _CODES = frozenset(dtype for format, dtype in CODE_TYPES.items() if format.bits <= 16)
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What becomes of a node. ``kernel`` is the runtime's op type, "" when the node vanishes; ``reason`` a sentence.
-
-    ``integer``: a kernel computes on codes. ``mover``: codes pass unchanged, Q/DQ around it are dropped (scales equal).
-    ``float``: Q/DQ stay around a float kernel.
-    """
-
-    kind: Kind
-    kernel: str
-    reason: str
 
 
 class Oracle:
@@ -60,10 +45,12 @@ class Oracle:
 
     def __init__(self, target: Target, folder: Path | None = None) -> None:
         self.target = target
-        name = f"{runtime_version()}-{isa_fingerprint()}-{target.provider}.json"
+        provider = "-".join(filter(None, (target.provider, provider_version(target.execution))))
+        name = f"{runtime_version()}-{isa_fingerprint()}-{provider}.json"
         self.path = (folder or cache_folder()) / "oracle" / name
         self.sessions = 0
-        self._prefix = " ".join(f"{key}={value}" for key, value in sorted(target.session.items()))
+        settings = sorted((*target.session.items(), *target.options.items()))
+        self._prefix = " ".join(f"{key}={value}" for key, value in settings)
         self._known = _read_cache(self.path)
 
     def ask(
@@ -118,6 +105,8 @@ def _input(node: ir.Node, index: int) -> ir.Value | None:
 
 def probe(asked: Question, target: Target) -> tuple[Verdict, ...]:
     """A verdict a node, read from what the runtime makes of the question's micro-model and then proved by a run."""
+    if target.provider != CPU.name:
+        return compiled_verdicts(asked, target)
     micro = micro_model(asked)
     fused = optimize(micro, target)
     if isinstance(fused, str):

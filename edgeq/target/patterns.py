@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from edgeq.target.oracle import Oracle, Verdict
+from edgeq.target.oracle import Oracle
 from edgeq.target.question import quantizable_inputs
 from edgeq.target.record import Target
+from edgeq.target.verdict import Verdict
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from edgeq.num.quant import Quant
@@ -22,10 +23,31 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class Provider:
+    """An ONNX Runtime execution provider and what a session on it is opened with.
+
+    ``library``: the Python module that ships it as a plug-in, "" where the runtime itself holds it. ``session``:
+    session config entries. ``install``: what to do where it is missing.
+    """
+
+    name: str = "CPUExecutionProvider"
+    library: str = ""
+    install: str = ""
+    options: Mapping[str, str] = field(default_factory=dict)
+    session: Mapping[str, str] = field(default_factory=dict)
+
+
+CPU = Provider()
+
+
+@dataclass(frozen=True)
 class Target:
     """A device family.
 
     ``isa`` lists the CPU flags it needs, ``a|b`` for either; ``session`` holds ONNX Runtime session config entries.
+    ``library``, ``install``, ``options``: see ``Provider``; ``choices``: option -> the values it may have -> what each
+    means. ``whole``: a float node costs more than any integer one, or leaves the provider. ``static``: takes fixed
+    shapes only. ``emulator``: machines (``x64``) where the provider's library does what the device would, not as fast.
     """
 
     name: str
@@ -41,6 +63,13 @@ class Target:
     quantized: tuple[str, ...] = ()  # op types worth asking the oracle for an integer kernel
     through: tuple[str, ...] = ()  # data movers: codes pass, scale shared
     dynamic: tuple[str, ...] = ()  # op types with a dynamically quantized kernel
+    library: str = ""
+    install: str = ""
+    options: dict[str, str] = field(default_factory=dict)
+    choices: dict[str, dict[str, str]] = field(default_factory=dict)
+    whole: bool = False
+    static: bool = False
+    emulator: tuple[str, ...] = ()
     session: dict[str, str] = field(default_factory=dict)
     threads: tuple[int, ...] = (1, 2)  # thread counts latency is measured at
     limits: Limits = Limits()
@@ -51,3 +80,13 @@ class Target:
     verified: str = "documentation"  # "here" | "emulator" | "documentation"
     sources: dict[str, str] = field(default_factory=dict)  # key -> where the fact comes from
     extends: str = ""
+
+    @property
+    def execution(self) -> Provider:
+        """What a file for this target runs on."""
+        return Provider(self.provider, self.library, self.install, self.options, self.session)
+
+    @property
+    def simulation(self) -> Provider:
+        """Where its arithmetic is studied: the CPU computes each Q/DQ as ONNX defines it, on every machine and fast."""
+        return self.execution if self.provider == CPU.name else CPU

@@ -1,7 +1,6 @@
 """The installed runtime, as the oracle uses it: what it makes of a model, and whether that computes the same (L3).
 
-The only file of this layer that touches ONNX Runtime. CPU sessions live in this process; a provider that may abort or
-needs a device belongs in a process of its own behind the same two functions.
+CPU sessions live in this process; other providers answer in the isolated one.
 """
 
 from __future__ import annotations
@@ -14,8 +13,9 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeq.errors import RuntimeUnavailableError
-from edgeq.target.record import Target
+from edgeq.target.placement import Placement, placement
+from edgeq.target.provider import RefusedError, first_line, open_on, runtime_errors
+from edgeq.target.record import CPU, Provider, Target
 
 Feed = dict[str, NDArray[Any]]
 
@@ -32,34 +32,58 @@ def runtime_version() -> str:
 
 
 def optimize(model: ir.Model, target: Target) -> ir.Model | str:
-    """The graph the runtime would execute for ``model``, or the first line of why it refuses to.
+    """The graph the CPU's provider would execute for ``model``, or the first line of why it refuses to.
 
-    Level "extended" holds every fusion of Q/DQ; "all" would only change layouts. RuntimeUnavailableError when the
-    target's provider isn't in this build.
+    Level "extended" holds every fusion of Q/DQ; "all" would only change layouts.
     """
     with tempfile.TemporaryDirectory(prefix="edgeq-") as folder:
         asked, optimized = Path(folder, "asked.onnx"), Path(folder, "optimized.onnx")
         ir.save(model, asked)
-        session = _session(asked, target, "EXTENDED", optimized)
+        session = _session(asked, target.simulation, "EXTENDED", optimized)
         return session if isinstance(session, str) else ir.load(optimized)
 
 
+def place(model: ir.Model, target: Target) -> tuple[Placement | str, str]:
+    """Who runs what of ``model`` on the target's provider, or the first line of why it refuses to; and ``disagreement``
+    of that run with one node by node on the CPU."""
+    feed = _feed(model)
+    with tempfile.TemporaryDirectory(prefix="edgeq-") as folder:
+        asked = Path(folder, "asked.onnx")
+        ir.save(model, asked)
+        settings = {"intra_op_num_threads": 1, "log_severity_level": 4}
+        try:
+            found = placement(asked, target.execution, settings, None if _large(feed) else feed)
+        except RefusedError as error:
+            return str(error).replace(str(asked), "the micro-model"), ""
+        if found.outputs == "":
+            return found, ""
+        return found, _wrong(model, _run(_session(asked, CPU, "DISABLE"), feed), found.outputs)
+
+
 def disagreement(model: ir.Model, target: Target) -> str:
-    """What is wrong when ``model`` runs with the runtime's kernels instead of node by node; "" when nothing is.
+    """What is wrong when ``model`` runs with the CPU's fused kernels instead of node by node; "" when nothing is.
 
     Some fusions are made and then fail or compute something else (a batched weight with a scale a channel, for one).
     A model that can't run node by node on made-up inputs, or is large, tells nothing.
     """
     feed = _feed(model)
-    if sum(array.size for array in feed.values()) > TRIAL_ELEMENTS:
+    if _large(feed):
         return ""
     with tempfile.TemporaryDirectory(prefix="edgeq-") as folder:
         asked = Path(folder, "asked.onnx")
         ir.save(model, asked)
-        plain = _run(_session(asked, target, "DISABLE"), feed)
-        if isinstance(plain, str):
-            return ""
-        fused = _run(_session(asked, target, "ALL"), feed)
+        plain, fused = (_run(_session(asked, target.simulation, level), feed) for level in ("DISABLE", "ALL"))
+    return _wrong(model, plain, fused)
+
+
+def _large(feed: Feed) -> bool:
+    return sum(array.size for array in feed.values()) > TRIAL_ELEMENTS
+
+
+def _wrong(model: ir.Model, plain: list[NDArray[Any]] | str, fused: list[NDArray[Any]] | str) -> str:
+    """What is wrong with the outputs of a run, beside those of one node by node; either may be why there are none."""
+    if isinstance(plain, str):
+        return ""
     if isinstance(fused, str):
         return f"fails when it runs: {fused}"
     outputs = zip(model.graph.outputs, plain, fused, strict=True)
@@ -67,30 +91,23 @@ def disagreement(model: ir.Model, target: Target) -> str:
     return "computes other values than the float node" if far else ""
 
 
-def _session(path: Path, target: Target, level: str, save_to: Path | None = None) -> Any:
-    """A session at a level of optimisation, or the first line of why there is none."""
+def _session(path: Path, provider: Provider, level: str, save_to: Path | None = None) -> Any:
+    """A session on the CPU at a level of optimisation, or the first line of why there is none."""
     import onnxruntime
 
-    if target.provider not in onnxruntime.get_available_providers():
-        raise RuntimeUnavailableError(
-            f"ONNX Runtime {onnxruntime.__version__} has no {target.provider}, which target {target.name!r} needs",
-            hint="install the runtime build with this provider, or choose another target",
-        )
     levels = onnxruntime.GraphOptimizationLevel
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = getattr(
-        levels, "ORT_DISABLE_ALL" if level == "DISABLE" else f"ORT_ENABLE_{level}"
-    )
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 4
-    for key, value in target.session.items():
-        options.add_session_config_entry(key, value)
-    if save_to is not None:
-        options.optimized_model_filepath = str(save_to)
+    settings = {
+        "graph_optimization_level": levels.ORT_DISABLE_ALL
+        if level == "DISABLE"
+        else getattr(levels, f"ORT_ENABLE_{level}"),
+        "intra_op_num_threads": 1,
+        "log_severity_level": 4,
+        **({} if save_to is None else {"optimized_model_filepath": str(save_to)}),
+    }
     try:
-        return onnxruntime.InferenceSession(path, options, providers=[target.provider])
-    except Exception as error:  # noqa: BLE001 - the runtime's refusals share no type
-        return _first_line(error).replace(str(path), "the micro-model")
+        return open_on(path, provider, settings)
+    except runtime_errors() as error:
+        return first_line(error).replace(str(path), "the micro-model")
 
 
 def _run(session: Any, feed: Feed) -> list[NDArray[Any]] | str:
@@ -98,13 +115,9 @@ def _run(session: Any, feed: Feed) -> list[NDArray[Any]] | str:
         return session
     try:
         outputs: list[NDArray[Any]] = session.run(None, feed)
-    except Exception as error:  # noqa: BLE001 - the runtime's refusals share no type
-        return _first_line(error)
+    except runtime_errors() as error:
+        return first_line(error)
     return outputs
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _feed(model: ir.Model) -> Feed:

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from edgeq.report.record import Check
 from edgeq.run.record import Samples, Timing
 from edgeq.run.samples import take
 from edgeq.run.timing import TimedConfig
+from edgeq.target.record import CPU, Provider
 from edgeq.validator.judge import Judge, accuracy
 from edgeq.validator.limits import Limits
 from edgeq.validator.speed import SIZE_CHECKS, SPEED_CHECKS, Latency, latency, size
@@ -62,8 +63,7 @@ def validate(
     limits: Limits | None = None,
     threads: Sequence[int] = (1, 2),
     floats: Sequence[TimedConfig] = (),
-    provider: str = "CPUExecutionProvider",
-    config: Mapping[str, str] | None = None,
+    provider: Provider = CPU,
     max_seconds: float = 20.0,
     seed: int = 0,
 ) -> Validation:
@@ -73,20 +73,18 @@ def validate(
     class-like output mean top1. ``floats`` are more float configurations the artefact has to beat. Raises UsageError
     for a limit on what isn't measured.
     """
-    limits, config = limits or {}, config or {}
+    limits = limits or {}
     with ExitStack() as stack:
         if isinstance(reference, onnx_ir.Model):
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="edgeq-", ignore_cleanup_errors=True))
             io.write(reference, Path(folder) / "reference.onnx")
             reference = Path(folder) / "reference.onnx"
-        judge = Judge(
-            reference, samples, metric=metric, limits=limits, threads=max(threads), provider=provider, config=config
-        )
+        judge = Judge(reference, samples, metric=metric, limits=limits, threads=max(threads), provider=provider)
         accurate = judge(artifact)
         refuse_unmeasured(limits, accurate)
         fast = latency(
-            [TimedConfig("float", reference, config=config, provider=provider), *floats],
-            TimedConfig("artifact", artifact, config=config, provider=provider),
+            [TimedConfig("float", reference, provider=provider), *floats],
+            TimedConfig("artifact", artifact, provider=provider),
             [*take(samples, TIMED_SAMPLES)],
             threads=threads,
             limits=limits,

@@ -28,6 +28,7 @@ from edgeq.report.record import Check
 from edgeq.run.record import Array, Feed, Samples
 from edgeq.run.session import open_session, output_specs, run_session
 from edgeq.source.import_path import load
+from edgeq.target.record import CPU, Provider
 from edgeq.validator.limits import AT_LEAST, Limits, held
 from edgeq.validator.score import Score, Scores, score_of
 
@@ -57,12 +58,11 @@ class Judge:
         metric: str | None = None,
         limits: Limits | None = None,
         threads: int = 2,
-        provider: str = "CPUExecutionProvider",
-        config: Mapping[str, str] | None = None,
+        provider: Provider = CPU,
     ) -> None:
         self.samples = samples
         self._metric = metric
-        self._settings: dict[str, Any] = {"threads": threads, "provider": provider, "config": config}
+        self._settings: dict[str, Any] = {"threads": threads, "provider": provider}
         self._session = open_session(reference, **self._settings)
         self._outputs = [spec.name for spec in output_specs(self._session)]
         self._kept: dict[int, Feed] = {}

@@ -1,0 +1,158 @@
+"""Sessions on any execution provider: of the runtime itself, or shipped by a Python package as a plug-in (L3).
+
+The only place that opens one on a provider other than the CPU's. ``get_providers()`` is never believed: it lists what
+was asked for, though every node may have gone to the CPU (QNN with a SoC it doesn't know, CUDA without its libraries).
+``assigned`` says which provider the runtime really gave each node to.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from edgeq.errors import RuntimeUnavailableError
+from edgeq.target.record import CPU, Provider
+
+RECORD = "session.record_ep_graph_assignment_info"  # known since ONNX Runtime 1.24
+
+
+def check_provider(provider: Provider) -> None:
+    """RuntimeUnavailableError, with what to install, unless this process could open a session on ``provider``."""
+    import onnxruntime
+
+    if provider.library:
+        _module(provider)
+    elif provider.name not in (found := onnxruntime.get_available_providers()):
+        raise RuntimeUnavailableError(
+            f"provider {provider.name!r} isn't in the installed onnxruntime {onnxruntime.__version__}",
+            hint=provider.install or f"available here: {', '.join(found)}",
+        )
+
+
+def provider_version(provider: Provider) -> str:
+    """Package and version that ship a plug-in provider, "" for one of the runtime itself. See ``check_provider``."""
+    check_provider(provider)
+    if not provider.library:
+        return ""
+    packages = metadata.packages_distributions()[provider.library]
+    return f"{packages[0]}-{metadata.version(packages[0])}"
+
+
+class RefusedError(Exception):
+    """The runtime refused a model or failed while running it: the first line of why. ``argument``: a feed was wrong."""
+
+    def __init__(self, message: str, argument: bool = False) -> None:
+        super().__init__(message)
+        self.argument = argument
+
+
+def runtime_errors() -> tuple[type[Exception], ...]:
+    """Every class the runtime raises from, which share no base but Exception, and ours for the other process."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    classes = (value for value in vars(state).values() if isinstance(value, type) and issubclass(value, Exception))
+    return (*classes, RefusedError)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a runtime message without its ``[ONNXRuntimeError]`` prefix; the node, when any, is in it."""
+    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return text.removeprefix("[ONNXRuntimeError] : ")
+
+
+def open_on(model: Path | bytes, provider: Provider, settings: Mapping[str, Any]) -> Any:
+    """An InferenceSession of ``model`` on ``provider``; what that doesn't take runs on the CPU.
+
+    ``settings``: attributes of SessionOptions. What the runtime raises passes through: its own retry on the CPU is
+    switched off."""
+    import onnxruntime
+
+    check_provider(provider)
+    source = model if isinstance(model, bytes) else str(model)
+    options = session_options(settings, provider)
+    if provider.name == CPU.name or provider.library:
+        named = {"providers": [CPU.name]} if provider.name == CPU.name else {}
+        return onnxruntime.InferenceSession(source, options, **named)
+    wanted = [(provider.name, dict(provider.options)), CPU.name]
+    return onnxruntime.InferenceSession(source, options, providers=wanted, enable_fallback=0)
+
+
+def session_options(settings: Mapping[str, Any], provider: Provider) -> Any:
+    """SessionOptions with ``settings``, the provider's config entries and, for a plug-in, its devices here."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    for name, value in settings.items():
+        setattr(options, name, value)
+    for key, value in provider.session.items():
+        options.add_session_config_entry(key, value)
+    if provider.name != CPU.name:
+        options.add_session_config_entry(RECORD, "1")
+    if provider.library:
+        _add_plugin(options, provider)
+    return options
+
+
+def _add_plugin(options: Any, provider: Provider) -> None:
+    import onnxruntime
+
+    _register(provider)
+    devices = [
+        device
+        for device in onnxruntime.get_ep_devices()
+        # Virtual devices, on which one can only compile, are registered for the whole process by any plug-in's wish.
+        if device.ep_name == provider.name and device.device.metadata.get("is_virtual") != "1"
+    ]
+    if not devices:
+        raise RuntimeUnavailableError(
+            f"{provider.library} is installed, but {provider.name} finds no device here",
+            hint="run it on a machine with the device; `edgeq explain` says what the target needs",
+        )
+    options.add_provider_for_devices(devices, dict(provider.options))
+
+
+def assigned(session: Any) -> dict[str, str]:
+    """Node of the graph that was partitioned -> name of the provider that runs it; "" stands for all without a name."""
+    return {
+        node.name: part.ep_name for part in session.get_provider_graph_assignment_info() for node in part.get_nodes()
+    }
+
+
+def check_taken(session: Any, provider: Provider) -> None:
+    """RuntimeUnavailableError when the CPU got every node, which the runtime doesn't call an error."""
+    if provider.name != CPU.name and provider.name not in assigned(session).values():
+        told = ", ".join(f"{key}={value}" for key, value in provider.options.items())
+        raise RuntimeUnavailableError(
+            f"{provider.name} took no node: all of the model would run on the CPU (options: {told or 'none'})",
+            hint="its log says why: a device or option it doesn't know, or formats it has no kernel for",
+        )
+
+
+def _module(provider: Provider) -> ModuleType:
+    if importlib.util.find_spec(provider.library) is None:
+        raise RuntimeUnavailableError(
+            f"{provider.name} needs the Python module {provider.library!r}, which isn't installed",
+            hint=provider.install or f"install the package that holds {provider.library!r}",
+        )
+    return importlib.import_module(provider.library)
+
+
+def _register(provider: Provider) -> None:
+    """Register a plug-in under the provider's own name, which some take for the name of their devices; once only."""
+    import onnxruntime
+
+    if all(device.ep_name != provider.name for device in onnxruntime.get_ep_devices()):
+        path = _module(provider).get_library_path()
+        try:
+            onnxruntime.register_execution_provider_library(provider.name, path)
+        except Exception as error:  # the runtime's refusals share no type
+            raise RuntimeUnavailableError(
+                f"{provider.library} can't be loaded: {str(error).strip().splitlines()[0]}",
+                hint=f"install versions of onnxruntime and {provider.library} that belong together",
+            ) from error
