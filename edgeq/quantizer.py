@@ -12,7 +12,7 @@ from dataclasses import replace
 import onnx_ir as ir
 
 from edgeq.analyse import encode as encoding
-from edgeq.analyse import heads, taken
+from edgeq.analyse import heads, shifts, taken
 from edgeq.analyse import place as placement
 from edgeq.analyse.blame import blame
 from edgeq.analyse.cost import concrete_shapes
@@ -31,7 +31,7 @@ from edgeq.num.quant import Coded
 from edgeq.report.record import AtomNoise, Coverage
 from edgeq.rewrite.qdq import insert_qdq
 from edgeq.run.record import Samples
-from edgeq.run.samples import take
+from edgeq.run.samples import split, take
 from edgeq.target.record import CPU
 
 SENSITIVITY_SAMPLES = 32
@@ -42,6 +42,9 @@ READER_SAMPLES = 8
 LEAST_REDUCTION = 0.9  # noise a tensor's own range method must cut to, against the model's choice
 RANGES = (encoding.Ranges("mse"), encoding.Ranges("percentile"), encoding.Ranges("minmax"))
 PROFILE_SAMPLES = 4
+BIASES = ("weights", "sequential")  # what a bias makes up for: rounded weights, or all that comes before it too
+BIAS_HELD, BIAS_SAMPLES = 0.25, 64  # share of the samples that judges and doesn't teach; how many teach at most
+ATOMS_A_CUT = 3  # atoms run again for each other's sake, and fewer, narrower cuts to keep values at
 FUSION_ROUNDS = 4
 
 
@@ -49,10 +52,17 @@ class Quantizer:
     """A float model ready to be quantized by any plan. Statistics are taken once, for every tensor a plan may want."""
 
     def __init__(
-        self, model: ir.Model, context: Context, ranges: str, rounding: str = "nearest", relief_db: float = 0.0
+        self,
+        model: ir.Model,
+        context: Context,
+        ranges: str,
+        rounding: str = "nearest",
+        relief_db: float = 0.0,
+        bias: str = BIASES[0],
     ) -> None:
         """``relief_db``: how much less noise than all that fuses makes is wanted, whatever limits say."""
         self.model, self.context, self.rounding, self.relief_db = model, context, rounding, relief_db
+        self.bias = bias
         self.asked_ranges = ranges
         self.ranges: encoding.Ranges | None = None if ranges in ("auto", "search") else encoding.Ranges(ranges, ranges)
         first = context.calibration.read(0)
@@ -69,7 +79,7 @@ class Quantizer:
 
     def over(self, model: ir.Model) -> Quantizer:
         """A quantizer with the same options for another form of the model."""
-        return Quantizer(model, self.context, self.asked_ranges, self.rounding, self.relief_db)
+        return Quantizer(model, self.context, self.asked_ranges, self.rounding, self.relief_db, self.bias)
 
     def work(self, atom: placement.Atom) -> int:
         """Multiply-accumulates of an atom on the first sample's shapes."""
@@ -216,8 +226,27 @@ class Quantizer:
             if not wrong:
                 break
             self.keep_float.update(wrong)
+        if self.bias == "sequential" and plan.integer:
+            model = self._corrected(plan, model)
         verify.verify(model, "inserting Q/DQ")
         return plan, model, seen
+
+    def _corrected(self, plan: placement.Plan, model: ir.Model) -> ir.Model:
+        """``model`` with biases that make up for all errors before them, if samples not learnt from gain by it."""
+        calibration, target = self.context.calibration, self.context.target
+        if len(calibration) < 2:
+            return model
+        learnt, held = split(calibration, fraction=BIAS_HELD, seed=self.context.seed)
+        cuts = segments(self.model, self.atoms, self.shapes, self.costs.float_ns, len(self.atoms) // ATOMS_A_CUT + 1)
+        job = replace(self.job(plan), segments=cuts, samples=take(learnt, BIAS_SAMPLES))
+        layers = shifts.layers_of(job)
+        with self.context.recorder.step("correct biases", len(layers)) as facts:
+            found = insert_qdq(self.model, plan, shifts.corrected(job, self.context.recorder.progress.advance))
+            probe = Probe(self.model, take(held, SENSITIVITY_SAMPLES), target)
+            noise = [probe.noise(one) for one in (model, found)]
+            kept = noise[1] < noise[0]
+            facts.update(biases=len(layers), snr_db=[round(decibel(value), 1) for value in noise], kept=kept)
+        return found if kept else model
 
     def learn_costs(self, plan: placement.Plan, integer_model: ir.Model) -> None:
         """Replace the default costs by profiles of this machine."""
@@ -249,7 +278,7 @@ class Quantizer:
         self._observe(plan)
         encodings = self._encoded(plan, self.ranges or RANGES[0])
         return Job(
-            self.model, plan, encodings, lambda part, some: insert_qdq(part, some, encodings),
+            self.model, plan, encodings, insert_qdq,
             segments(self.model, self.atoms, self.shapes, self.costs.float_ns),
             take(self.context.calibration, SENSITIVITY_SAMPLES), self.context.target, self.context.threads,
             self.context.store,

@@ -26,7 +26,7 @@ from edgeq.ir import io, verify
 from edgeq.num.fit import METHODS
 from edgeq.num.quant import parse_quant
 from edgeq.num.rounding import ROUNDERS
-from edgeq.quantizer import LEAST_REDUCTION, Quantizer
+from edgeq.quantizer import BIASES, LEAST_REDUCTION, Quantizer
 from edgeq.recipe import Recipe, Step
 from edgeq.rewrite.canonicalize import canonicalize as canonicalize_model
 from edgeq.rewrite.equalize import equalize as equalize_model
@@ -133,16 +133,25 @@ def weights(
 
 
 def quantize(
-    model: ir.Model, context: Context, *, ranges: str = "auto", rounding: str = "nearest", relief: str = "0"
+    model: ir.Model,
+    context: Context,
+    *,
+    ranges: str = "auto",
+    rounding: str = "nearest",
+    bias: str = BIASES[0],
+    relief: str = "0",
 ) -> Quantizer:
     """Integer weights and activations where the target has kernels. ``ranges``: auto (the model's best), search (or
     each tensor's best for what reads it) or one of `edgeq list methods`.
-    ``rounding``: of weights. ``relief``: dB of noise to take off by leaving the most harmful nodes float."""
+    ``rounding``: of weights. ``bias``: makes up for rounded weights, or layer by layer (sequential) for all errors
+    before it. ``relief``: dB of noise to take off by leaving the most harmful nodes float."""
     if ranges not in ("auto", "search", *METHODS):
         raise RecipeError(f"quantize(ranges={ranges}) is not a method", hint="use auto, search, " + ", ".join(METHODS))
     if rounding not in ROUNDERS:
         raise RecipeError(f"quantize(rounding={rounding}) is not known", hint="use " + ", ".join(ROUNDERS))
-    return Quantizer(model, context, ranges, rounding, _decibels(relief))
+    if bias not in BIASES:
+        raise RecipeError(f"quantize(bias={bias}) is not known", hint="use " + " or ".join(BIASES))
+    return Quantizer(model, context, ranges, rounding, _decibels(relief), bias)
 
 
 def _decibels(text: str) -> float:

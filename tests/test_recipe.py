@@ -55,7 +55,7 @@ def test_every_preset_is_a_recipe(name: str) -> None:
         ("quantize(range=mse)", "step 'quantize' has no option 'range'", "did you mean 'ranges'?"),
         ("smooth(alpha=1)", "step 'smooth' has no option 'alpha'", "it takes none"),
         ("quantize(ranges)", "option 'ranges' of step 'quantize' has no value", "write ranges=VALUE"),
-        ("quantize(=mse)", "step 'quantize' has no option ''", "known: ranges"),
+        ("quantize(=mse)", "step 'quantize' has no option ''", "known: bias, ranges"),
         ("quantize(ranges=mse, ranges=minmax)", "option 'ranges' of step 'quantize' is given twice", "keep one"),
     ],
 )
@@ -70,6 +70,7 @@ def test_what_cannot_be_read_is_named(text: str, message: str, hint: str) -> Non
     ("text", "message", "hint"),
     [
         ("quantize(rounding=nearst)", "quantize(rounding=nearst) is not known", "gptq"),
+        ("quantize(bias=none)", "quantize(bias=none) is not known", "weights or sequential"),
         ("quantize(relief=much)", "quantize(relief=much) is no number of dB from 0 to 60", "3 halves"),
         ("quantize(relief=-3)", "quantize(relief=-3) is no number of dB from 0 to 60", "3 halves"),
     ],

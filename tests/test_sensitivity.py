@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 import pytest
 
 from edgeq.analyse import sensitivity as measuring
 from edgeq.analyse.blame import blame
 from edgeq.analyse.layers import layers, worst
-from edgeq.analyse.place import Plan, default_costs
+from edgeq.analyse.place import default_costs
 from edgeq.analyse.segments import segments
 from edgeq.analyse.sensitivity import (
     Job,
@@ -47,12 +46,8 @@ def job_of(made: Placed, count: int | None = 3, **settings: Any) -> Job:
     """What is asked about a placed model, cut into ``count`` segments."""
     work = default_costs(made.plan.atoms, made.shapes).float_ns
     cuts = segments(made.source, made.plan.atoms, made.shapes, work, count)
-
-    def insert(part: ir.Model, plan: Plan) -> ir.Model:
-        return insert_qdq(part, plan, made.encodings)
-
     samples = samples_of(made.feeds)
-    return Job(made.source, made.plan, made.encodings, insert, cuts, samples, made.target, **settings)
+    return Job(made.source, made.plan, made.encodings, insert_qdq, cuts, samples, made.target, **settings)
 
 
 def naive(made: Placed, names: set[str]) -> float:

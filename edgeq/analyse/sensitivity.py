@@ -41,7 +41,7 @@ VERSION = 2  # raised when the same question would get another answer: stored on
 BYTE_BUDGET = 256 << 20
 
 Direction = Literal["alone", "restored"]
-Insert = Callable[[ir.Model, Plan], ir.Model]
+Insert = Callable[[ir.Model, Plan, Encodings], ir.Model]
 F64 = NDArray[np.float64]
 
 
@@ -56,8 +56,8 @@ class Noise:
 
 @dataclass(frozen=True)
 class Job:
-    """What is measured on what. ``insert`` makes integer what a plan says of a part of ``model``, with the parameters
-    of ``encodings``; at most ``byte_budget`` bytes of values are kept (one sample's excepted)."""
+    """What is measured on what. ``insert`` makes integer what a plan says of a part of ``model``, with parameters like
+    ``encodings``; at most ``byte_budget`` bytes of values are kept (one sample's excepted)."""
 
     model: ir.Model
     plan: Plan
@@ -188,7 +188,7 @@ def _blocks(job: Job) -> list[range]:
     return [range(start, min(start + count, len(job.samples))) for start in range(0, len(job.samples), count)]
 
 
-class _Session:
+class Session:
     """A part of the model, opened on one thread."""
 
     def __init__(self, model: ir.Model, target: Target) -> None:
@@ -241,7 +241,7 @@ class _Pass:
         first, labels = self.expected[0], self.job.samples.each_label
         self.classes = [name for name, array in first.items() if class_like(name, array, labels)]
 
-    def _open(self, stretch: range, integer: frozenset[str]) -> _Session | None:
+    def _open(self, stretch: range, integer: frozenset[str]) -> Session | None:
         """The segments of ``stretch`` with the atoms ``integer`` quantized; None when nothing reads what they write."""
         segments = [self.job.segments[index] for index in stretch]
         written = [*(segments[-1].writes if segments else ()), *(name for s in segments for name in s.outputs)]
@@ -252,7 +252,9 @@ class _Pass:
         if stretch not in self.parts:
             self.parts[stretch] = part(self.job.model, fed, dict.fromkeys(written))
         model = self.parts[stretch]
-        return _Session(self.job.insert(model, only(self.job.plan, inside)) if inside else model, self.job.target)
+        if inside:
+            model = self.job.insert(model, only(self.job.plan, inside), self.job.encodings)
+        return Session(model, self.job.target)
 
     def _advance(self, pool: ThreadPoolExecutor, index: int) -> None:
         """Run the segment ``index`` and forget what nothing behind it reads."""
@@ -264,7 +266,7 @@ class _Pass:
             self.outputs[place].update((name, outputs[name]) for name in segment.outputs)
             self.values[place] = {k: v for k, v in {**self.values[place], **outputs}.items() if k in alive}
 
-    def _tally(self, pool: ThreadPoolExecutor, sessions: Sequence[_Session | None]) -> F64:
+    def _tally(self, pool: ThreadPoolExecutor, sessions: Sequence[Session | None]) -> F64:
         """What is lost over the samples when ``sessions`` run one after the other from here."""
 
         def lost(place: int) -> F64:

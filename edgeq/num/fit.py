@@ -143,7 +143,7 @@ def fit_bias(
     and the third result is another than ``params_w``: quantize the weight with it. ValueError for weights in blocks."""
     if params_w.quant.block > TENSOR:
         raise ValueError(f"a weight mapped {params_w.quant} has no scale its bias could share")
-    limit = max(2 ** (code_bits - 1) - 1 - products * 2**15, 2 ** (code_bits - 2))
+    limit = bias_limit(products, code_bits)
     needed = np.abs(bias.astype(np.float64)) / limit
     needed = np.maximum(needed.max(initial=0.0) if params_w.scale.ndim == 0 else needed, min_scale)
     least = needed / s_x * (1 + 2.0**-22)  # survives rounding to f32
@@ -154,6 +154,11 @@ def fit_bias(
     scale = np.asarray(np.float32(s_x) * s_w)
     codes = np.clip(np.rint(bias.astype(np.float64) / scale), -limit, limit)
     return codes.astype(np.int32), scale, params_w
+
+
+def bias_limit(products: int, code_bits: int = 32) -> int:
+    """The largest code of a bias to which ``products`` u8 x s8 products are added (AIMET's guard)."""
+    return int(max(2 ** (code_bits - 1) - 1 - products * 2**15, 2 ** (code_bits - 2)))
 
 
 def scale_rows(w: NDArray[np.float32], quant: Quant, axis: int | None) -> NDArray[np.float32]:
