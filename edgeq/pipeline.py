@@ -22,7 +22,16 @@ from edgeq.facts import environment, samples_facts, source_facts, target_facts, 
 from edgeq.given import Wanted, check_form, read_with_samples, samples_settings, samples_spec, target_of
 from edgeq.ir import io
 from edgeq.lower.emit import describe, emit
-from edgeq.packaging import PACKAGES, Golden, Package, check_free, check_writable
+from edgeq.packaging import (
+    PACKAGES,
+    Golden,
+    Package,
+    check_free,
+    check_writable,
+    labels_of,
+    package_in,
+    postprocessing_of,
+)
 from edgeq.quantizer import Quantizer
 from edgeq.report.progress import Progress
 from edgeq.report.record import Check, Coverage, Island, Report
@@ -61,6 +70,8 @@ def export(
     threads: Sequence[int] | None = None,
     synthetic: bool = False,
     preprocessing: str | Path | None = None,
+    labels: str | Path | None = None,
+    postprocessing: str | Path | None = None,
     inputs: Sequence[str] = (),
     limit: int | None = None,
     dump: str | Path | None = None,
@@ -82,6 +93,7 @@ def export(
     plan = recipes.parse(recipe, steps.KNOWN)
     check_form(form)
     check_free(out, force=force)
+    names = labels_of(labels)
     if dump is not None:
         check_writable(Path(dump) / "any")
     source, info, calibrate, held_out = _read(
@@ -99,6 +111,7 @@ def export(
             reference, held_out, metric=metric, limits=wanted.limits(), threads=max(chosen_target.threads),
             provider=chosen_target.execution,
         )  # fmt: skip
+        after = postprocessing_of(postprocessing, names, _repeated(reference, held_out))
         floats = _floats(source, prepared, reference, judge, context, folder)
         refuse_unmeasured(wanted.limits(), floats[-1].checks or judge(reference))  # before the long work, not after
         feeds = [*take(held_out, TIMED_SAMPLES)]
@@ -107,9 +120,12 @@ def export(
         report = _report(settled, validation, info, plan, prepared, calibrate, held_out, context)
         if dump is not None:
             _dump(Path(dump), source, prepared, settled)
-        written = _package(settled, report, source, held_out, out, form, force)
-    artifact = None if report.artifact is None else replace(report.artifact, path=str(written / "model.onnx"))
-    return replace(report, artifact=artifact)
+        words = {key: value for key, value in source.metadata_props.items() if value}
+        golden = _golden(settled, held_out)
+        package = Package(settled.chosen.path, report, golden, held_out.preprocessing, names, words, after)
+        written = PACKAGES[form](package, out, force=force)
+    place = package_in(written) / "model.onnx" if written.is_dir() else written
+    return replace(report, artifact=report.artifact and replace(report.artifact, path=str(place)))
 
 
 def _read(
@@ -185,25 +201,18 @@ def _against_itself(check: Check) -> Check:
     return replace(check, limit=None, passed=True, note=f"{check.note}; the float model itself ships")
 
 
-def _package(
-    settled: Settled, report: Report, source: ir.Model, held_out: Samples, out: Path, form: str, force: bool
-) -> Path:
-    """Write the package whole or not at all."""
-    golden = _golden(settled, held_out)
-    words = {key: value for key, value in source.metadata_props.items() if value}
-    package = Package(settled.chosen.path, report, golden, held_out.preprocessing, (), words)
-    return PACKAGES[form](package, out, force=force)
+def _repeated(model: Path, samples: Samples) -> Golden:
+    """Some runs of a file, without tolerances."""
+    session, feeds = open_session(model), [*take(samples, GOLDEN_SAMPLES)]
+    return Golden(tuple(feeds), tuple(run_session(session, feed) for feed in feeds), {})
 
 
 def _golden(settled: Settled, held_out: Samples) -> Golden:
     """Runs an installed package must repeat. Another CPU may round elsewhere, but not by more than quantization itself
     errs: the tolerance is the largest distance of the shipped file from float, at least 1e-4 of the output's peak."""
-    shipped, exact = open_session(settled.chosen.path), open_session(settled.best_float.path)
-    feeds = [*take(held_out, GOLDEN_SAMPLES)]
-    outputs = [run_session(shipped, feed) for feed in feeds]
-    truths = [run_session(exact, feed) for feed in feeds]
+    shipped, exact = _repeated(settled.chosen.path, held_out), _repeated(settled.best_float.path, held_out)
     tolerances: dict[str, float] = {}
-    for output, truth in zip(outputs, truths, strict=True):
+    for output, truth in zip(shipped.outputs, exact.outputs, strict=True):
         for name, array in output.items():
             if array.dtype.kind == "f" and array.shape == truth[name].shape:
                 wide = array.astype(np.float64)
@@ -212,7 +221,7 @@ def _golden(settled: Settled, held_out: Samples) -> Golden:
                 tolerances[name] = max(tolerances.get(name, 0.0), allowed)
             else:
                 tolerances.setdefault(name, 0.0)
-    return Golden(tuple(feeds), tuple(outputs), tolerances)
+    return replace(shipped, tolerances=tolerances)
 
 
 def _dump(folder: Path, source: ir.Model, prepared: steps.Prepared, settled: Settled) -> None:

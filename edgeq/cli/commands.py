@@ -67,6 +67,7 @@ def cli() -> None:
 @options.threads
 @options.synthetic
 @options.preprocessing
+@options.answers
 @options.inputs
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Use at most N calibration samples.")
 @click.option("--dump", type=PATH, metavar="DIR", help="Keep the model after each step here.")

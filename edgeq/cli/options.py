@@ -49,6 +49,10 @@ inputs = click.option(
 threads = click.option("--threads", callback=_threads, metavar="1,2", help="Thread counts latency is measured at.")
 seed = click.option("--seed", type=int, default=0, show_default=True, help="Seed of everything random.")
 preprocessing = click.option("--preprocessing", metavar="FILE", help="JSON on how images become inputs.")
+answers = _together(
+    click.option("--labels", type=PATH, metavar="FILE", help="Names of the classes, a line each, for the app."),
+    click.option("--postprocessing", type=PATH, metavar="FILE", help="JSON on how the output becomes an answer."),
+)
 synthetic = click.option("--synthetic", is_flag=True, help="Allow random data; marked in every view.")
 force = click.option("--force", is_flag=True, help="Replace an edgeq package that is in the way.")
 form = click.option("--form", default="dir", show_default=True, help="Package form; see `edgeq list packages`.")

@@ -1,129 +1,95 @@
-"""The package as a directory: written whole or not at all, read back, verified (L8).
-
-Files are made in a hidden sibling and renamed into place, so nobody ever sees half a package; ``force`` swaps an older
-*package* out and refuses to touch anything else.
-"""
+"""The form ``dir``: a folder, written, read back and verified; all other forms hold one (L8)."""
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
+import re
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from edgeq.errors import OutputError, PackageError, RuntimeUnavailableError
+from edgeq.errors import PackageError, RuntimeUnavailableError
 from edgeq.packaging import loader
+from edgeq.packaging.golden import GOLDEN, GoldenWriter, read_golden
 from edgeq.packaging.manifest import (
+    LOADER,
     MANIFEST,
     MODEL,
     OWN,
+    PAGE,
+    REPORT,
     SUM,
-    Golden,
-    Package,
     manifest,
     model_files,
     refuse_other_schema,
 )
+from edgeq.packaging.place import is_package, package_in, placed
+from edgeq.packaging.record import Package, Variant
+from edgeq.packaging.tensors import write_sharing
 from edgeq.report import codec, html
+from edgeq.run import pictures
 from edgeq.run.session import RUNTIME_ERRORS
 from edgeq.target.provider import first_line
 
 
 def write_directory(package: Package, out: Path, *, force: bool = False) -> Path:
-    """A directory: model, manifest, golden runs, reports and a loader of its own.
+    """A folder: models, manifest, golden runs, reports and a loader of its own.
 
     Returns its absolute path. OutputError when ``out`` can't be written or holds something else.
     """
     out = out.resolve()
-    check_free(out, force=force)
-    with _staged(out) as folder:
-        _copy_model(package.model, folder)
-        np.savez_compressed(folder / "golden.npz", allow_pickle=False, **package.golden.arrays())
-        _write_json(folder / "preprocessing.json", dict(package.preprocessing))
-        shutil.copyfile(loader.__file__, folder / "load.py")
-        artifact = package.report.artifact and replace(package.report.artifact, path=MODEL)
-        report = replace(package.report, artifact=artifact)
-        (folder / "report.json").write_text(codec.to_json(report), encoding="utf-8")
-        (folder / "report.html").write_text(html.render(report), encoding="utf-8")
-        _write_json(folder / MANIFEST, manifest(package, folder))
-        digest = hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
-        (folder / SUM).write_bytes(f"{digest}  {MANIFEST}\n".encode())
-        _swap(folder, out)
+    with placed(out, force=force) as folder:
+        fill(package, folder)
     return out
 
 
-def check_free(out: Path, *, force: bool = False) -> None:
-    """OutputError unless ``out`` is free, an empty folder or, with ``force``, a package, in a place that can be
-    written. Ask before hours of work."""
-    taken = out.exists() and not (out.is_dir() and not any(out.iterdir()))
-    if taken and not is_package(out):
-        raise OutputError(f"{str(out)!r} exists and is no edgeq package", hint="choose another --out")
-    if taken and not force:
-        raise OutputError(
-            f"{str(out)!r} holds a package already", hint="add --force to replace it, or choose another --out"
+def fill(package: Package, folder: Path) -> dict[str, Any]:
+    """All files of a package into an empty folder; returns the manifest."""
+    models = _write_models(package.variants, folder)
+    writer = GoldenWriter(folder / GOLDEN)
+    golden = [writer.add(variant.golden) for variant in package.variants]
+    (folder / LOADER).write_text(loader_text(), encoding="utf-8")
+    for variant, model in zip(package.variants, models, strict=True):
+        report = replace(
+            variant.report, artifact=variant.report.artifact and replace(variant.report.artifact, path=model)
         )
-    check_writable(out)
+        (folder / report_file(model)).write_text(codec.to_json(report), encoding="utf-8")
+        if model == MODEL:
+            (folder / PAGE).write_text(html.render(report), encoding="utf-8")
+    found = codec.encode(manifest(package, folder, models, golden))
+    text = json.dumps(found, indent=2, ensure_ascii=False) + "\n"
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
+    (folder / SUM).write_bytes(f"{hashlib.sha256(text.encode()).hexdigest()}  {MANIFEST}\n".encode())
+    return dict(found)
 
 
-def check_writable(out: Path) -> None:
-    """OutputError unless something can be made at ``out``. It is tried: permission bits say nothing to root, nor of a
-    read-only file system."""
-    beside = next(parent for parent in out.absolute().parents if parent.exists())
-    try:
-        Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=beside)).rmdir()
-    except OSError as error:
-        raise _unwritable(out, error) from error
+def loader_text() -> str:
+    """``load.py``: the loader with the code it imports from edgeq in place of the import."""
+    text, held = (inspect.getsource(module) for module in (loader, pictures))
+    before, line, after = text.partition("from edgeq.run.pictures import ")
+    _, _, after = after.partition("\n")
+    assert line, "the loader imports its pictures in one line"
+    return before + held.partition("import numpy as np\n")[2].strip() + "\n" + after
 
 
-def is_package(folder: Path) -> bool:
-    """Whether ``folder`` looks like a package, whole or not."""
-    return (folder / MANIFEST).is_file() and (folder / SUM).is_file()
+def report_file(model: str) -> str:
+    """``model.onnx`` -> ``report.json``, ``NAME.onnx`` -> ``NAME.report.json``."""
+    return REPORT if model == MODEL else f"{model.removesuffix('.onnx')}.{REPORT}"
 
 
-@contextmanager
-def _staged(out: Path) -> Iterator[Path]:
-    """A new hidden folder beside ``out`` that is gone afterwards, whatever happens (Ctrl-C too)."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    except OSError as error:
-        raise _unwritable(out, error) from error
-    try:
-        folder.chmod(0o755)  # mkdtemp's 0700 would keep a package from others
-        yield folder
-    except OSError as error:
-        raise _unwritable(out, error) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _unwritable(out: Path, error: OSError) -> OutputError:
-    return OutputError(
-        f"can't write {str(out)!r}: {error.strerror or error}", hint="choose another --out or free space"
-    )
-
-
-def _swap(folder: Path, out: Path) -> None:
-    """Rename ``folder`` to ``out``; what was there is moved aside first, and back if the rename fails."""
-    if not out.exists():
-        folder.rename(out)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent)) / "replaced"
-    out.rename(aside)
-    try:
-        folder.rename(out)
-    except BaseException:
-        aside.rename(out)
-        raise
-    finally:
-        shutil.rmtree(aside.parent, ignore_errors=True)
+def _write_models(variants: tuple[Variant, ...], folder: Path) -> list[str]:
+    """File names by variant. One model keeps the form it has; several share what they have in common."""
+    if len(variants) == 1:
+        _copy_model(variants[0].model, folder)
+        return [MODEL]
+    names = [MODEL, *(f"{re.sub(r'[^A-Za-z0-9._-]', '-', variant.name)}.onnx" for variant in variants[1:])]
+    write_sharing([variant.model for variant in variants], [folder / name for name in names])
+    return names
 
 
 def _copy_model(model: Path, folder: Path) -> None:
@@ -140,22 +106,26 @@ def _copy_model(model: Path, folder: Path) -> None:
         shutil.copyfile(model.parent / relative, folder / relative)
 
 
-def _write_json(path: Path, tree: dict[str, Any]) -> None:
-    path.write_text(json.dumps(codec.encode(tree), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def read_directory(folder: Path) -> Package:
-    """A package written by ``write_directory``, its artifact's path made absolute. PackageError when it is altered."""
+    """A package in a folder, or in a project that holds one; artifacts' paths are made absolute. PackageError when it
+    is altered."""
+    folder = package_in(folder).resolve()
     found = read_manifest(folder)
     try:
-        report = codec.from_json((folder / "report.json").read_text(encoding="utf-8"))
-        preprocessing = json.loads((folder / found["preprocessing"]).read_text(encoding="utf-8"))
-        golden = _read_golden(folder, found)
+        first, *others = (_read_variant(folder, row, found["golden"]) for row in found["variants"])
+        return Package(
+            first.model, first.report, first.golden, found["preprocessing"], tuple(found["labels"]), found["metadata"],
+            found["postprocessing"], tuple(others),
+        )  # fmt: skip
     except (OSError, ValueError, KeyError) as error:
         raise _altered(folder, error) from error
-    model = folder.resolve() / found["model"]
+
+
+def _read_variant(folder: Path, row: dict[str, Any], golden: str) -> Variant:
+    model = folder / row["model"]
+    report = codec.from_json((folder / report_file(row["model"])).read_text(encoding="utf-8"))
     report = replace(report, artifact=report.artifact and replace(report.artifact, path=str(model)))
-    return Package(model, report, golden, preprocessing, tuple(found["labels"]), found["metadata"])
+    return Variant(row["name"], model, report, read_golden(folder / golden, row["golden"]))
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -172,28 +142,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _read_golden(folder: Path, found: dict[str, Any]) -> Golden:
-    indices = range(found["golden"]["count"])
-    with np.load(folder / "golden.npz", allow_pickle=False) as stored:
-        inputs, outputs = (
-            tuple(
-                {key.split("/", 2)[2]: stored[key] for key in stored.files if key.startswith(f"{index}/{kind}/")}
-                for index in indices
-            )
-            for kind in ("input", "output")
-        )
-    return Golden(inputs, outputs, found["golden"]["tolerances"])
+def verify_package(folder: str | Path, *, trust: bytes = b"") -> dict[str, Any]:
+    """Check digests, machine and golden outputs as the package's own loader does, and the signature by the Ed25519 key
+    ``trust`` when one is given; returns the manifest.
 
-
-def verify_package(folder: str | Path) -> dict[str, Any]:
-    """Check digests, machine and golden outputs as the package's own loader does; returns the manifest.
-
-    PackageError when a byte is altered or an output differs, RuntimeUnavailableError when this machine can't run it.
+    PackageError when a byte is altered, an output differs or the signature is another's, RuntimeUnavailableError when
+    this machine can't run it.
     """
-    folder = Path(folder)
+    folder = package_in(Path(folder))
     found = read_manifest(folder)
     try:
-        loader.load(folder)
+        loader.load(folder, fresh=True, trust=trust)
     except (ValueError, KeyError, OSError) as error:
         raise _altered(folder, error) from error
     except RUNTIME_ERRORS as error:
@@ -205,3 +164,25 @@ def verify_package(folder: str | Path) -> dict[str, Any]:
 
 def _altered(folder: Path, error: Exception) -> PackageError:
     return PackageError(f"package {str(folder)!r}: {error}", hint="copy it again, or export it again")
+
+
+def combined(packages: list[Package]) -> Package:
+    """Several packages of one model as the variants of one; the first is preferred. PackageError unless inputs and
+    outputs are the same."""
+    first, *others = packages
+    for other in others:
+        for kind in ("inputs", "outputs"):
+            found, wanted = _signatures(other, kind), _signatures(first, kind)
+            if found != wanted:
+                raise PackageError(
+                    f"{str(other.model)!r} has the {kind} {found}, the first package {wanted}",
+                    hint="combine packages made from the same model",
+                )
+    rows = tuple(variant for other in others for variant in other.variants)
+    return replace(first, others=(*first.others, *rows))
+
+
+def _signatures(package: Package, kind: str) -> dict[str, tuple[str, int]]:
+    """Name -> dtype and rank, as the golden runs have them."""
+    arrays: dict[str, Any] = getattr(package.golden, kind)[0] if package.golden.inputs else {}
+    return {name: (np.asarray(array).dtype.name, np.ndim(array)) for name, array in arrays.items()}

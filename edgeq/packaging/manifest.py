@@ -1,79 +1,41 @@
-"""What a package says of itself: the Package record and its ``manifest.json`` (L8).
+"""What a package says of itself: its ``manifest.json`` (L8).
 
 The manifest holds the sha256 of every other file and ``manifest.sha256`` holds the manifest's own, in the form
-``sha256sum -c`` reads, so each byte of a package is covered and any language can check it.
+``sha256sum -c`` reads, so each byte of a package is covered and any language can check it. ``manifest.sig``, where
+there is one, is a signature of the manifest and so of all.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxruntime
 
 from edgeq.errors import PackageError
 from edgeq.ir import io
+from edgeq.packaging.golden import GOLDEN
+from edgeq.packaging.record import Package, Variant
 from edgeq.report.record import Report
-from edgeq.run.record import Array, Feed
+from edgeq.run.pictures import canary_picture, preprocess
 from edgeq.target.detect import VNNI_FLAGS
 from edgeq.version import __version__
 
-SCHEMA = 1
+SCHEMA = 2
 MODEL = "model.onnx"
+TENSORS = "tensors.bin"
 MANIFEST = "manifest.json"
 SUM = "manifest.sha256"
-NEEDED = (MODEL, "golden.npz")  # with external data: what running needs; an app may leave the other files out
-OWN = (*NEEDED, MANIFEST, SUM, "preprocessing.json", "load.py", "report.json", "report.html")
+SIGNATURE = "manifest.sig"
+REPORT, PAGE, LOADER = "report.json", "report.html", "load.py"
+OWN = (MODEL, TENSORS, GOLDEN, MANIFEST, SUM, SIGNATURE, REPORT, PAGE, LOADER)
 OLDEST_RUNTIME = "1.24"  # the oldest ONNX Runtime edgeq itself installs with; older ones were never tried
-
-
-@dataclass(frozen=True)
-class Golden:
-    """Sample runs that an installed package must repeat: ``outputs[i]`` came from ``inputs[i]``.
-
-    ``tolerances``: output name -> largest absolute difference allowed, in the output's unit.
-    """
-
-    inputs: tuple[Feed, ...]
-    outputs: tuple[Feed, ...]
-    tolerances: Mapping[str, float]
-
-    @property
-    def compared(self) -> dict[str, float]:
-        """The tolerances of outputs that are numbers; text has no distance and isn't compared."""
-        first = self.outputs[0] if self.outputs else {}
-        return {name: tolerance for name, tolerance in self.tolerances.items() if first[name].dtype.kind in "fiub"}
-
-    def arrays(self) -> dict[str, Array]:
-        """Keys and arrays of ``golden.npz``: ``0/input/x``, ``0/output/y``, … Outputs that aren't compared stay out."""
-        found: dict[str, Array] = {}
-        for index, (feed, results) in enumerate(zip(self.inputs, self.outputs, strict=True)):
-            found |= {f"{index}/input/{name}": _storable(array) for name, array in feed.items()}
-            found |= {f"{index}/output/{name}": results[name] for name in self.compared}
-        return found
-
-
-def _storable(array: Array) -> Array:
-    """Strings come as objects, which numpy would pickle; fixed-width text is plain data."""
-    return array.astype(str) if array.dtype == object else array
-
-
-@dataclass(frozen=True)
-class Package:
-    """All an app ships. ``model`` is a file (its external data beside it); ``metadata`` are words on the model itself,
-    of which ``licence`` is read."""
-
-    model: Path
-    report: Report
-    golden: Golden
-    preprocessing: Mapping[str, Any] = field(default_factory=dict)
-    labels: tuple[str, ...] = ()
-    metadata: Mapping[str, str] = field(default_factory=dict)
+CANARY_SIDES, CANARY_VALUES, CANARY_TOLERANCE = (61, 83), 64, 1e-5
 
 
 def model_files(model: Path) -> Iterator[Path]:
@@ -84,39 +46,79 @@ def model_files(model: Path) -> Iterator[Path]:
     yield from sorted({Path(tensor.location) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)})
 
 
-def manifest(package: Package, folder: Path) -> dict[str, Any]:
-    """The manifest of a package whose files lie in ``folder`` already."""
-    model = io.read(folder / MODEL)
-    target = package.report.target
-    external = {path.as_posix() for path in model_files(folder / MODEL)}
+def manifest(package: Package, folder: Path, models: Sequence[str], golden: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The manifest of a package whose files lie in ``folder`` already: ``models[i]`` is the file and ``golden[i]`` the
+    golden runs of variant i."""
+    first = io.read(folder / models[0])
+    needed = {GOLDEN, *(path.as_posix() for name in models for path in model_files(folder / name))}
     return {
         "schema": SCHEMA,
         "versions": {"edgeq": __version__, "onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__},
-        "model": MODEL,
-        "recipe": package.report.recipe,
-        "target": target.get("name", ""),
-        "requires": {
-            "onnxruntime": OLDEST_RUNTIME,
-            "provider": target.get("provider", "CPUExecutionProvider"),
-            "isa": _needed_isa(package.report),
-            "opset": model.opset_imports[""],
-        },
-        "session": dict(target.get("session", {})),
-        "inputs": [_signature(value) for value in model.graph.inputs if value.name not in model.graph.initializers],
-        "outputs": [_signature(value) for value in model.graph.outputs],
-        "golden": {"count": len(package.golden.inputs), "tolerances": package.golden.compared},
-        "preprocessing": "preprocessing.json",
+        "variants": [_variant(*row, folder) for row in zip(package.variants, models, golden, strict=True)],
+        "inputs": [_signature(value) for value in first.graph.inputs if value.name not in first.graph.initializers],
+        "outputs": [_signature(value) for value in first.graph.outputs],
+        "golden": GOLDEN,
+        "preprocessing": dict(package.preprocessing),
+        "canary": canary(package.preprocessing),
+        "postprocessing": dict(package.postprocessing),
         "labels": list(package.labels),
-        "licence": {"model": package.metadata.get("licence", "not stated"), "load.py": "Apache-2.0"},
         "metadata": dict(package.metadata),
+        "components": _components(package),
         "files": {
-            path.relative_to(folder).as_posix(): _facts(
-                path, path.relative_to(folder).as_posix() in {*NEEDED, *external}
-            )
+            path.relative_to(folder).as_posix(): _facts(path, path.relative_to(folder).as_posix() in needed)
             for path in sorted(folder.rglob("*"))
             if path.is_file()
         },
     }
+
+
+def _variant(variant: Variant, model: str, golden: dict[str, Any], folder: Path) -> dict[str, Any]:
+    target, coverage = variant.report.target, variant.report.coverage
+    return {
+        "name": variant.name,
+        "model": model,
+        "recipe": variant.report.recipe,
+        "target": target.get("name", ""),
+        "requires": {
+            "onnxruntime": OLDEST_RUNTIME,
+            "provider": target.get("provider", "CPUExecutionProvider"),
+            "isa": _needed_isa(variant.report),
+            "opset": io.read(folder / model).opset_imports[""],
+        },
+        "session": dict(target.get("session", {})),
+        "golden": golden,
+        "checks": {check.name: check.value for check in variant.report.checks},
+        "decisions": {
+            "kernels": {} if coverage is None else dict(coverage.kernels),
+            "float": [] if coverage is None else [[row.node, row.op, row.reason] for row in coverage.float_islands],
+            "formats": {str(row["name"]): str(row.get("format", "")) for row in variant.report.layers},
+        },
+    }
+
+
+def canary(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
+    """What the loaders' preprocessing must make of a picture any language can draw; {} without preprocessing."""
+    if not preprocessing:
+        return {}
+    height, width = CANARY_SIDES
+    values = preprocess(canary_picture(height, width), dict(preprocessing)).ravel()
+    at = np.linspace(0, values.size - 1, CANARY_VALUES).astype(int).tolist()
+    tolerance = CANARY_TOLERANCE * max(1.0, float(np.abs(values).max()))
+    return {
+        "height": height, "width": width, "at": at, "values": [float(values[i]) for i in at], "tolerance": tolerance,
+    }  # fmt: skip
+
+
+def _components(package: Package) -> list[dict[str, Any]]:
+    """What an app ships or needs, with its licence: the bill of materials."""
+    made = package.report.source
+    licence = package.metadata.get("licence", "not stated")
+    return [
+        {"name": "model", "licence": licence, "made_from": {"kind": made.get("kind"), "digest": made.get("digest")}},
+        {"name": LOADER, "version": __version__, "licence": "Apache-2.0"},
+        {"name": "onnxruntime", "version": f">={OLDEST_RUNTIME}", "licence": "MIT", "shipped": False},
+        {"name": "numpy", "version": ">=2.0", "licence": "BSD-3-Clause", "shipped": False},
+    ]
 
 
 def _needed_isa(report: Report) -> list[str]:

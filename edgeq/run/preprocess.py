@@ -11,12 +11,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgeq.errors import SampleError, did_you_mean
+from edgeq.run.pictures import preprocess
 from edgeq.run.session import TensorSpec
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ FILE_NAMES = ("preprocessing.json", "preprocessor_config.json")
 
 # Names of PIL.Image.Resampling; the numbers are what Hugging Face writes as ``resample``.
 INTERPOLATIONS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
-CHANNEL_MODES = {"RGB": "RGB", "BGR": "RGB", "L": "L"}
+CHANNELS = ("RGB", "BGR", "L")
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Preprocessing:
     def __post_init__(self) -> None:
         _expect_one_of("interpolation", self.interpolation, list(INTERPOLATIONS))
         _expect_one_of("layout", self.layout, ["NCHW", "NHWC"])
-        _expect_one_of("channels", self.channels, list(CHANNEL_MODES))
+        _expect_one_of("channels", self.channels, list(CHANNELS))
         if 0.0 in self.std:
             raise SampleError("preprocessing key 'std' holds 0", hint="use 1 for a channel that isn't scaled")
 
@@ -94,39 +95,13 @@ class Preprocessing:
 
     def apply(self, image: Image.Image) -> NDArray[np.float32]:
         """Image -> f32[1, c, h, w] or f32[1, h, w, c]."""
-        image = image.convert(CHANNEL_MODES[self.channels])
-        if self.resize is not None:
-            image = image.resize(self._size(image), resample=cast(Any, INTERPOLATIONS[self.interpolation]))
-        if self.crop is not None:
-            image = _centre_crop(image, *self.crop)
-        pixels = np.asarray(image, np.float32)
-        pixels = pixels[:, :, None] if pixels.ndim == 2 else pixels
-        if self.channels == "BGR":
-            pixels = pixels[:, :, ::-1]
-        values = (pixels * np.float32(self.scale) - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
-        if self.layout == "NCHW":
-            values = values.transpose(2, 0, 1)
-        return np.ascontiguousarray(values[None], np.float32)
-
-    def _size(self, image: Image.Image) -> tuple[int, int]:
-        """(width, height) after the resize; the longer side is truncated as torchvision and transformers do."""
-        if isinstance(self.resize, tuple):
-            return self.resize[1], self.resize[0]
-        assert self.resize is not None
-        short = min(image.size)
-        width, height = (int(self.resize * side / short) for side in image.size)
-        return width, height
+        values: NDArray[np.float32] = preprocess(image, self.to_dict())
+        return values
 
 
 def _expect_one_of(key: str, value: object, known: list[str]) -> None:
     if value not in known:
         raise SampleError(f"preprocessing key {key!r} is {value!r}", hint=did_you_mean(str(value), known))
-
-
-def _centre_crop(image: Image.Image, height: int, width: int) -> Image.Image:
-    """Left and top are rounded as torchvision's CenterCrop rounds them; outside the image PIL gives zeros."""
-    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
-    return image.crop((left, top, left + width, top + height))
 
 
 def _from_hugging_face(record: Mapping[str, Any]) -> dict[str, Any]:

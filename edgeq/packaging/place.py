@@ -1,0 +1,136 @@
+"""Putting a package into its place: whole or not at all, and never over what is no package (L8).
+
+Files are made in a hidden sibling and renamed into place, so nobody ever sees half a package. What was there is
+exchanged for it in one step where the system can (Linux's ``renameat2``), so that a process killed at any moment leaves
+the old one or the new one; elsewhere two renames come as near as they can.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from edgeq.errors import OutputError, PackageError
+from edgeq.packaging.manifest import MANIFEST, SUM
+
+FORM = "edgeq-form.json"  # in a project that holds a package: which form it has, and where the package lies in it
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
+
+
+def check_free(out: Path, *, force: bool = False) -> None:
+    """OutputError unless ``out`` is free, an empty folder or, with ``force``, a package, in a place that can be
+    written. Ask before hours of work."""
+    taken = out.exists() and not (out.is_dir() and not any(out.iterdir()))
+    if taken and not holds_package(out):
+        raise OutputError(f"{str(out)!r} exists and is no edgeq package", hint="choose another --out")
+    if taken and not force:
+        raise OutputError(
+            f"{str(out)!r} holds a package already", hint="add --force to replace it, or choose another --out"
+        )
+    check_writable(out)
+
+
+def check_writable(out: Path) -> None:
+    """OutputError unless something can be made at ``out``. It is tried: permission bits say nothing to root, nor of a
+    read-only file system."""
+    beside = next(parent for parent in out.absolute().parents if parent.exists())
+    try:
+        Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=beside)).rmdir()
+    except OSError as error:
+        raise _unwritable(out, error) from error
+
+
+def is_package(folder: Path) -> bool:
+    """Whether ``folder`` looks like a package of the form ``dir``, whole or not."""
+    return (folder / MANIFEST).is_file() and (folder / SUM).is_file()
+
+
+def holds_package(path: Path) -> bool:
+    """Whether ``path`` is a package of any form."""
+    if path.is_file():
+        return zipfile.is_zipfile(path) and MANIFEST in zipfile.ZipFile(path).namelist()
+    return is_package(path) or (path / FORM).is_file()
+
+
+def package_in(path: Path) -> Path:
+    """The folder with the manifest: ``path`` itself, or a place inside a project. PackageError without one."""
+    if not is_package(path) and (path / FORM).is_file():
+        try:
+            inner = str(json.loads((path / FORM).read_text(encoding="utf-8"))["package"])
+        except (ValueError, KeyError) as error:
+            raise PackageError(f"{path / FORM} can't be read: {error}", hint="write the package again") from error
+        return path / inner
+    return path
+
+
+@contextmanager
+def unpacked(path: Path) -> Iterator[Path]:
+    """The folder with the manifest of a package of any form; a zip is unpacked for as long as it is looked at."""
+    if not path.is_file() or not holds_package(path):
+        yield package_in(path)
+        return
+    with tempfile.TemporaryDirectory(prefix="edgeq-") as folder, zipfile.ZipFile(path) as archive:
+        try:
+            archive.extractall(folder)  # drops absolute and upward paths
+        except (zipfile.BadZipFile, OSError) as error:
+            raise PackageError(f"{str(path)!r} is damaged: {error}", hint="copy it again") from error
+        yield Path(folder)
+
+
+@contextmanager
+def placed(out: Path, *, force: bool = False) -> Iterator[Path]:
+    """A new hidden folder that becomes ``out`` when the block ends well, and is gone otherwise (Ctrl-C too)."""
+    check_free(out, force=force)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as error:
+        raise _unwritable(out, error) from error
+    try:
+        folder.chmod(0o755)  # mkdtemp's 0700 would keep a package from others
+        yield folder
+        swap(folder, out)
+    except OSError as error:
+        raise _unwritable(out, error) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _unwritable(out: Path, error: OSError) -> OutputError:
+    return OutputError(
+        f"can't write {str(out)!r}: {error.strerror or error}", hint="choose another --out or free space"
+    )
+
+
+def swap(folder: Path, out: Path) -> None:
+    """``folder`` becomes ``out``; what was there is removed afterwards."""
+    if not out.exists():
+        folder.rename(out)
+    elif not _exchanged(folder, out):
+        aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent)) / "replaced"
+        out.rename(aside)
+        try:
+            folder.rename(out)
+        except BaseException:
+            aside.rename(out)
+            raise
+        finally:
+            shutil.rmtree(aside.parent, ignore_errors=True)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Whether the names of two paths were exchanged in one step; False where system or file system can't."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if os.name == "posix" else None
+    if rename is None or rename(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0:
+        return rename is not None
+    if ctypes.get_errno() in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        return False
+    raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(other))

@@ -1,0 +1,67 @@
+"""What an app ships, as records: Package, its Variants and their Golden runs (L8)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from edgeq.report.record import Report
+from edgeq.run.record import Feed
+
+COMPARED = "fiub"  # kinds of dtypes that have a distance
+
+
+@dataclass(frozen=True)
+class Golden:
+    """Sample runs that an installed package must repeat: ``outputs[i]`` came from ``inputs[i]``.
+
+    ``tolerances``: output name -> largest absolute difference allowed, in the output's unit.
+    """
+
+    inputs: tuple[Feed, ...]
+    outputs: tuple[Feed, ...]
+    tolerances: Mapping[str, float]
+
+    @property
+    def compared(self) -> dict[str, float]:
+        """The tolerances of outputs that are numbers; text has no distance and isn't compared."""
+        first = self.outputs[0] if self.outputs else {}
+        return {name: tolerance for name, tolerance in self.tolerances.items() if first[name].dtype.kind in COMPARED}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One model of a package, for the machines its target stands for. ``model`` is a file, external data beside it."""
+
+    name: str
+    model: Path
+    report: Report
+    golden: Golden
+
+
+@dataclass(frozen=True)
+class Package:
+    """All an app ships. ``model``, ``report`` and ``golden`` are the first variant's, ``others`` are tried where it
+    can't run or is slower; ``metadata`` are words on the model itself, of which ``licence`` is read."""
+
+    model: Path
+    report: Report
+    golden: Golden
+    preprocessing: Mapping[str, Any] = field(default_factory=dict)
+    labels: tuple[str, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    postprocessing: Mapping[str, Any] = field(default_factory=dict)
+    others: tuple[Variant, ...] = ()
+
+    @property
+    def variants(self) -> tuple[Variant, ...]:
+        """All variants, the first one first; names are those of the targets, numbered where two are the same."""
+        first = Variant(str(self.report.target.get("name", "")) or "model", self.model, self.report, self.golden)
+        found: dict[str, Variant] = {}
+        for variant in (first, *self.others):
+            same = sum(name.rpartition("~")[0] == variant.name or name == variant.name for name in found)
+            name = f"{variant.name}~{same + 1}" if same else variant.name
+            found[name] = Variant(name, variant.model, variant.report, variant.golden)
+        return tuple(found.values())
