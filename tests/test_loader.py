@@ -22,11 +22,6 @@ from edgeq.run.preprocess import INTERPOLATIONS, Preprocessing
 from tests.packaged import classifier, files, picture, reseal
 
 
-@pytest.fixture(autouse=True)
-def _state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("EDGEQ_STATE", str(tmp_path / "state"))
-
-
 @settings(max_examples=150, deadline=None)
 @given(
     size=st.tuples(st.integers(1, 70), st.integers(1, 70)),

@@ -70,11 +70,6 @@ def _model(folder: Path, *, external: str = "") -> Path:
     return path
 
 
-@pytest.fixture(autouse=True)
-def _state(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("EDGEQ_STATE", str(tmp_path_factory.mktemp("state")))
-
-
 @pytest.fixture
 def package(tmp_path: Path) -> Package:
     model = _model(tmp_path / "made")
