@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from scipy.special import log_softmax, softmax
 
 from edgeq.errors import ModelError, SampleError, UsageError
 from edgeq.num.intervals import interval_mean, interval_paired_difference
@@ -18,7 +19,9 @@ from edgeq.num.metrics import (
     SNR_CAP_DB,
     agreement_top1,
     cosine,
+    drop,
     exact_match,
+    log_loss,
     max_abs,
     measure,
     metric,
@@ -125,6 +128,10 @@ def test_small_types_text_and_flat_outputs_are_measured() -> None:
         (lambda: top1(np.ones((2, 3)), np.array(["cat", "dog"])), SampleError, "needs class indices"),
         (lambda: top1(np.ones((2, 3)), np.array([0.5, 1])), SampleError, "needs class indices"),
         (lambda: top1(np.ones((2, 3)), np.array([1, 3])), SampleError, "labels from 1 to 3 for 3 classes"),
+        (lambda: log_loss(np.ones((1, 4, 3)), np.ones((1, 3))), SampleError, "give one label a position"),
+        (lambda: log_loss(np.ones((1, 4, 3)), np.full((1, 4), 0.5)), SampleError, "perplexity needs class indices"),
+        (lambda: log_loss(np.ones((1, 2, 3)), np.array([[1, 3]])), SampleError, "labels from 1 to 3 for 3 classes"),
+        (lambda: log_loss(np.ones((1, 2, 3)), np.array([[-1, -1]])), SampleError, "no label at or above 0"),
         (lambda: metric("top_1"), UsageError, "unknown metric 'top_1'\n  try: did you mean 'top1'?"),
     ],
 )
@@ -139,6 +146,41 @@ def test_the_table_says_how_to_read_a_metric() -> None:
         assert row.name == name
     assert measure(METRICS["max_abs"], np.array([1.0, 3.0])) == (3.0, None, None)
     assert measure(METRICS["cosine"], np.array([0.5, 0.7, 0.9])).value == pytest.approx(0.7)
+
+
+def test_perplexity_is_the_exponential_of_the_mean_loss() -> None:
+    logits, labels = RNG.normal(size=(6, 4, 5)).astype(np.float32) * 3, RNG.integers(0, 5, (6, 4))
+    losses = -np.take_along_axis(log_softmax(logits.astype(np.float64), -1), labels[..., None], -1)[..., 0]
+    np.testing.assert_allclose(log_loss(logits, labels), losses.mean(1), rtol=1e-6)
+    np.testing.assert_allclose(log_loss(softmax(logits, -1), labels), losses.mean(1), rtol=1e-5)
+    found = measure(METRICS["perplexity"], log_loss(logits, labels))
+    assert found.value == pytest.approx(np.exp(losses.mean()))
+    assert found.low is not None and found.low < found.value < (found.high or 0)
+    padded = np.where(np.arange(4) < 3, labels, -100)  # torch's word for "no label"
+    np.testing.assert_allclose(log_loss(logits, padded), losses[:, :3].mean(1), rtol=1e-6)
+    sure = np.where(np.eye(5)[labels] > 0, 100.0, -100.0)
+    assert measure(METRICS["perplexity"], log_loss(sure, labels)).value == pytest.approx(1.0)
+    assert measure(METRICS["perplexity"], log_loss(np.zeros((2, 3, 5)), labels[:2, :3])).value == pytest.approx(5.0)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_perplexity_of_a_broken_output_is_infinite(bad: float) -> None:
+    logits = np.zeros((2, 3, 4))
+    logits[1, 2] = bad
+    assert log_loss(logits, np.zeros((2, 3), int)).tolist() == [pytest.approx(np.log(4)), np.inf]
+    assert measure(METRICS["perplexity"], log_loss(logits, np.zeros((2, 3), int))).value == np.inf
+
+
+def test_a_drop_is_what_is_worse_whichever_way_the_metric_counts() -> None:
+    before, rise = RNG.normal(2.0, 0.5, 50), RNG.normal(0.02, 0.001, 50)
+    found = drop(METRICS["perplexity"], before, before + rise)
+    assert found.value == pytest.approx(np.exp(rise.mean()) - 1)
+    ratio = np.exp((before + rise).mean()) / np.exp(before.mean())
+    assert found.value == pytest.approx(ratio - 1), "a share of the reference's perplexity"
+    assert 0.0195 < found.low < found.value < found.high < 0.0209, "paired: texts differ far more than models"
+    assert drop(METRICS["perplexity"], before + rise, before).value < 0, "better is no drop"
+    right = np.arange(50) < 40
+    assert drop(METRICS["top1"], np.ones(50), right).value == pytest.approx(0.2)
 
 
 def test_shares_take_wilsons_interval() -> None:

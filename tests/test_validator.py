@@ -127,6 +127,34 @@ def test_default_limits_follow_what_the_output_is(tmp_path, options, labels, lim
     assert {check.name for check in checks if check.limit is not None} == limited
 
 
+def test_perplexity_is_judged_by_its_rise(tmp_path):
+    """A language model in small: logits [1, 6, 5] and the tokens that follow; more is worse."""
+    reference, artifact = (
+        save(tmp_path / name, weight, shape=["n", 6, 8]) for name, weight in (("r.onnx", WEIGHT), ("a.onnx", WORSE))
+    )
+    texts, tokens = INPUTS.reshape(10, 6, 8), np.array(LABELS).reshape(10, 6)
+    samples = samples_of(texts, tuple(tokens))
+    losses = {}
+    for name, path in (("before", reference), ("after", artifact)):
+        logits = run(path, texts)
+        shares = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+        losses[name] = -np.log(np.take_along_axis(shares, tokens[..., None], -1)).mean()
+    found = by_name(accuracy(reference, artifact, samples, metric="perplexity"))
+    assert found["perplexity_reference"].value == pytest.approx(np.exp(losses["before"]), rel=1e-5)
+    assert found["perplexity"].value == pytest.approx(np.exp(losses["after"]), rel=1e-5)
+    rise = np.exp(losses["after"] - losses["before"]) - 1
+    assert rise > 0.02, "else this test can't tell"
+    assert found["perplexity_drop"].value == pytest.approx(rise, rel=1e-4)
+    assert (found["perplexity_drop"].limit, found["perplexity_drop"].passed) == (0.02, False)
+    better = by_name(accuracy(artifact, reference, samples, metric="perplexity"))["perplexity_drop"]
+    assert better.value < 0 and better.passed
+    held_to = {"perplexity": found["perplexity"].value + 0.01}
+    loose = by_name(accuracy(reference, artifact, samples, metric="perplexity", limits=held_to))["perplexity"]
+    assert loose.passed and loose.limit_kind == "max"
+    with pytest.raises(UsageError, match="metric 'perplexity' needs an output of class scores, the model has y"):
+        Judge(reference, samples_of(texts, tuple(tokens[:, :5])), metric="perplexity")
+
+
 def test_limits_of_the_user_replace_the_defaults(tmp_path):
     reference, artifact = save(tmp_path / "r.onnx", WEIGHT), save(tmp_path / "a.onnx", WORSE)
     checks = by_name(accuracy(reference, artifact, samples_of(INPUTS, LABELS), limits={"snr_db": 60, "max_abs": 100}))

@@ -19,8 +19,8 @@ import pytest
 import edgeq
 from edgeq.errors import ModelError
 from tests.bench.peers import quantized
-from tests.zoo import ZOO, filetypes, photos, sentences, speech
-from tests.zoo.packages import cache, data, fetch, float_model, source
+from tests.zoo import ENTRIES, LARGE, ZOO, filetypes, photos, prose, sentences, speech
+from tests.zoo.packages import cache, data, fetch, float_model, load, source
 from tests.zoo.score import Values, cosine, metric_value, only_output, run, session
 
 pytestmark = pytest.mark.zoo
@@ -117,9 +117,9 @@ def _assert_signature_kept(name: str, artifact: Path) -> None:
     assert metadata.items() <= after.get_modelmeta().custom_metadata_map.items()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *LARGE])
 def test_calibration_and_evaluation_share_no_sample_and_repeat(name: str) -> None:
-    entry = ZOO[name]
+    entry = ENTRIES[name]
 
     def contents(spec: str) -> list[bytes]:
         return [b"".join(np.asarray(array).tobytes() for key, array in sample.items() if key != "label")
@@ -145,6 +145,17 @@ def test_encoder_without_transformers_is_masked_as_bert_is() -> None:
     padded = {key: np.pad(value, ((0, 0), (0, 7))) for key, value in feed.items()}
     (alone,), (with_padding,) = network.run(None, feed), network.run(None, padded)
     np.testing.assert_allclose(with_padding[:, : alone.shape[1]], alone, atol=1e-4)
+
+
+def test_the_language_model_is_read_right() -> None:
+    """Weights, positions and tokens: with any of them wrong nothing is predicted."""
+    import torch
+
+    network, samples = load(LARGE["SMOL"].model)(), list(prose.evaluation(6))
+    with torch.no_grad():
+        logits = [network(torch.from_numpy(sample["input_ids"])).numpy() for sample in samples]
+    found = metric_value("perplexity", [{"logits": one} for one in logits], [sample["label"] for sample in samples])
+    assert 5 < found < 40
 
 
 def test_data_that_packages_ship_serves_without_any_other(monkeypatch: pytest.MonkeyPatch) -> None:

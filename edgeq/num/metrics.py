@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from edgeq.errors import ModelError, SampleError, UsageError, did_you_mean
-from edgeq.num.intervals import Interval, interval_mean
+from edgeq.num.intervals import Interval, interval_mean, interval_paired_difference
 
 F64 = NDArray[np.float64]
 Array = NDArray[Any]
@@ -28,14 +28,14 @@ SNR_CAP_DB = 150.0  # as good as equal: float32 rounds at 149 dB (6.02 * 24 bits
 class Metric:
     """``function(outputs, labels)`` where labels are needed, else ``function(reference, test)``: f64[n], in ``unit``.
 
-    ``summary`` says what one number stands for all samples: their mean or their largest."""
+    ``summary`` says what one number stands for all samples: their mean, the exponential of it, or their largest."""
 
     name: str
     higher_is_better: bool
     needs_labels: bool
     unit: str
     function: Callable[[Array, Array], F64]
-    summary: Literal["mean", "max"] = "mean"
+    summary: Literal["mean", "exp", "max"] = "mean"
 
 
 def snr_db(reference: Array, test: Array) -> F64:
@@ -83,6 +83,30 @@ def top1(outputs: Array, labels: ArrayLike) -> F64:
     """Share of a sample's positions where the largest of ``outputs`` [n, …, classes] is at ``labels`` [n, …], f64[n].
 
     Raises SampleError when labels aren't whole numbers, don't fit in shape or name a class the model doesn't have."""
+    out, truth = _classes(outputs, labels, "top1")
+    return _share(_top(out) == truth, out)
+
+
+def log_loss(outputs: Array, labels: ArrayLike) -> F64:
+    """Mean over a sample's positions of -log p(label), f64[n] in nats; inf where it isn't finite. ``outputs``
+    [n, …, classes] are logits or distributions, ``labels`` [n, …] class indices, of a language model the next tokens;
+    a position whose label is below 0 has none and doesn't count.
+
+    Raises SampleError as ``top1`` does, and for a sample without a label."""
+    out, truth = _classes(outputs, labels, "perplexity", without=True)
+    rows, wanted = out.reshape(len(out), -1, out.shape[-1]), truth.reshape(len(out), -1).astype(np.intp)
+    counted = wanted >= 0
+    if not counted.any(1).all():
+        raise SampleError("a sample has no label at or above 0", hint="leave out samples without a token to predict")
+    given, losses = distributions(out), np.zeros(wanted.shape)
+    for sample, (row, place) in enumerate(zip(rows, np.maximum(wanted, 0), strict=True)):
+        losses[sample] = -np.take_along_axis(_log_classes(row.astype(np.float64), given), place[:, None], -1)[:, 0]
+    losses = np.where(np.isfinite(losses), losses, np.inf)
+    return np.asarray(np.where(counted, losses, 0.0).sum(1) / counted.sum(1), np.float64)
+
+
+def _classes(outputs: Array, labels: ArrayLike, name: str, *, without: bool = False) -> tuple[Array, Array]:
+    """Outputs [n, …, classes] and the labels [n, …] that belong to them; ``without``: those below 0 are none."""
     out, truth = _with_samples(np.asarray(outputs)), np.asarray(labels)
     if truth.ndim == out.ndim and truth.shape[-1] == 1:
         truth = truth[..., 0]
@@ -90,13 +114,13 @@ def top1(outputs: Array, labels: ArrayLike) -> F64:
         hint = "give one label a sample" if out.ndim == 2 else "give one label a position"
         raise SampleError(f"labels of shape {truth.shape} for outputs of shape {out.shape}", hint=hint)
     if truth.dtype.kind not in "iub" and not (truth.dtype.kind == "f" and (truth == np.rint(truth)).all()):
-        raise SampleError(f"labels are {truth.dtype}, top1 needs class indices", hint="use whole numbers from 0")
-    if truth.size and not (truth.min() >= 0 and truth.max() < out.shape[-1]):
+        raise SampleError(f"labels are {truth.dtype}, {name} needs class indices", hint="use whole numbers from 0")
+    if truth.size and not ((without or truth.min() >= 0) and truth.max() < out.shape[-1]):
         raise SampleError(
             f"labels from {truth.min()} to {truth.max()} for {out.shape[-1]} classes",
             hint="check that labels count from 0 and belong to this model",
         )
-    return _share(_top(out) == truth, out)
+    return out, truth
 
 
 def class_like(name: str, array: Array, labels: Sequence[Any] = ()) -> bool:
@@ -147,6 +171,7 @@ METRICS: dict[str, Metric] = {
         Metric("exact_match", True, False, "", exact_match),
         Metric("agreement_top1", True, False, "", agreement_top1),
         Metric("top1", True, True, "", top1),
+        Metric("perplexity", False, True, "", log_loss, "exp"),
     )
 }
 
@@ -159,10 +184,28 @@ def metric(name: str) -> Metric:
 
 
 def measure(what: Metric, values: F64, level: float = 0.95) -> Interval:
-    """The metric's f64[n] values as one number: their mean with its interval, or the largest, which has none."""
+    """The metric's f64[n] values as one number: their mean with its interval, or what ``summary`` says; the largest has
+    no interval."""
     if what.summary == "max":
         return Interval(float(values.max()), None, None)
-    return interval_mean(values, level)
+    mean = interval_mean(values, level)
+    return mean if what.summary == "mean" else _mapped(mean, np.exp)
+
+
+def drop(what: Metric, before: F64, after: F64, level: float = 0.95) -> Interval:
+    """How much worse ``after`` is, paired by sample, both f64[n]: in the metric's unit, or as a share of ``before``
+    where the number is the exponential of a mean. Below 0: better. Not for the largest of all samples."""
+    better, worse = (before, after) if what.higher_is_better else (after, before)
+    mean = interval_paired_difference(better, worse, level)
+    return mean if what.summary == "mean" else _mapped(mean, np.expm1)
+
+
+def _mapped(interval: Interval, function: Callable[[float], Any]) -> Interval:
+    """An interval through an increasing function; what is too large is infinite."""
+    with np.errstate(over="ignore"):
+        value, low, high = (None if x is None else float(function(x)) for x in interval)
+    assert value is not None
+    return Interval(value, low, high)
 
 
 def _with_samples(x: Array) -> Array:

@@ -3,14 +3,15 @@
 The outputs are compared sample by sample and only the scores are kept, instead of collecting outputs: memory doesn't
 grow with the samples. The reference's outputs are kept while they are small, since a repair loop asks again and again.
 
-Which limits hold when the user sets none on accuracy: the metric drops by at most ``MAX_DROP``, or by one sample where
-fewer than 200 are given, since less can't be told; a class-like output
-agrees in its largest class on ``MIN_AGREEMENT`` of the positions, any other has a cosine of ``MIN_COSINE``; integer
-outputs match in ``MIN_AGREEMENT`` of the samples.
+Which limits hold when the user sets none on accuracy: the metric drops by at most what ``MAX_DROPS`` says, else by
+``MAX_DROP``, or by one sample where fewer than 200 are given, since less can't be told; a class-like output agrees in
+its largest class on ``MIN_AGREEMENT`` of the positions, any other has a cosine of ``MIN_COSINE``; integer outputs match
+in ``MIN_AGREEMENT`` of the samples.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,6 +34,7 @@ from edgeq.validator.limits import AT_LEAST, Limits, held
 from edgeq.validator.score import Score, Scores, score_of
 
 MAX_DROP, MIN_AGREEMENT, MIN_COSINE = 0.005, 0.97, 0.99
+MAX_DROPS = {"perplexity": 0.02}  # a share of the reference's
 ONE_SAMPLE = 1.001  # a sample and the rounding of the division
 CACHE_BYTES = 64 << 20  # outputs of the reference kept between calls of one Judge
 PERFECT = {"cosine": 1.0, "exact_match": 1.0, "agreement_top1": 1.0}
@@ -119,7 +121,7 @@ class Judge:
         labels = self.samples.labels
         if metric is None:
             whole = bool(labels) and all(isinstance(one, int) for one in self.samples.each_label)
-            return Score("top1", self._top1) if whole and self._class_output else None
+            return self._classified("top1") if whole and self._class_output else None
         if ":" in metric:
             score = score_of(metric.rpartition(":")[2], load(metric))  # as limits call it, whatever it calls itself
             if score.group is not None and labels is None:
@@ -135,17 +137,36 @@ class Judge:
                 f"metric {metric!r} needs labels, {self.samples.origin} has none",
                 hint="add a key 'label', labels.csv or a folder a class; or choose agreement_top1, which needs none",
             )
-        if self._class_output is None:
+        return self._classified(metric)
+
+    def _classified(self, metric: str) -> Score:
+        """A built-in metric of class scores against labels."""
+        row, output = METRICS[metric], self._class_output or self._labelled_output()
+        if output is None:
             raise UsageError(
                 f"metric {metric!r} needs an output of class scores, the model has {', '.join(self._outputs)}",
                 hint="choose cosine or snr_db, or give pkg.module:function",
             )
-        return Score(metric, self._top1)
 
-    def _top1(self, values: Feed, label: Any) -> float:
-        assert self._class_output is not None
-        outputs = values[self._class_output]
-        return float(metrics.top1(outputs, np.asarray(label).reshape(outputs.shape[:-1])).mean())
+        def sample(values: Feed, label: Any) -> float:
+            outputs, truth = values[output], np.asarray(label)
+            fits = truth.size == math.prod(outputs.shape[:-1])
+            return float(row.function(outputs, truth.reshape(outputs.shape[:-1]) if fits else truth).mean())
+
+        return Score(metric, sample, row=row)
+
+    def _labelled_output(self) -> str | None:
+        """The float output [n, …, classes] that has a position for each of the first sample's labels, if one alone
+        does: the logits of a language model by whatever name."""
+        assert self.samples.labels is not None
+        count = np.size(self.samples.labels[0])
+        first = self._expected(0, self.samples.read(0))
+        found = [
+            name
+            for name, array in first.items()
+            if array.dtype.kind in "fV" and array.ndim > 2 and math.prod(array.shape[:-1]) == count
+        ]
+        return found[0] if len(found) == 1 else None
 
     def _accuracy_limits(self, limits: Limits) -> Limits:
         """The user's where there are any on accuracy, else the defaults."""
@@ -161,8 +182,11 @@ class Judge:
             default = {"cosine": MIN_COSINE} if "cosine" in kinds else {"exact_match": MIN_AGREEMENT}
         return {
             **default,
-            **({f"{self._score.name}_drop": max(MAX_DROP, ONE_SAMPLE / len(self.samples))} if self._score else {}),
+            **({f"{self._score.name}_drop": self._max_drop(self._score)} if self._score else {}),
         }
+
+    def _max_drop(self, score: Score) -> float:
+        return MAX_DROPS.get(score.name) or max(MAX_DROP, ONE_SAMPLE / len(self.samples))
 
     def _score_checks(self, expected: Scores, found: Scores) -> list[Check]:
         if self._score is None:
@@ -174,7 +198,7 @@ class Judge:
             note = f"the reference itself is right on {before.value:.1%}: are these labels this model's?"
         return [
             held(f"{name}_reference", before, {}, samples=count, note=note),
-            held(name, after, self._limits, samples=count, at_least=True),
+            held(name, after, self._limits, samples=count, at_least=self._score.higher_is_better),
             held(f"{name}_drop", drop, self._limits, samples=count),
         ]
 

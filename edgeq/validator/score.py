@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 
 from edgeq.errors import UsageError
+from edgeq.num import metrics
 from edgeq.num.intervals import Interval, interval_mean, interval_paired_difference
+from edgeq.num.metrics import Metric
 from edgeq.run.record import Feed
 
 PARTS = 20  # of the jackknife; Student's t of 19 degrees of freedom at 95 %:
@@ -22,13 +24,19 @@ class Score:
     """A metric that needs the truth. ``sample(values, label)`` or, of all samples together, ``corpus(values, labels)``.
 
     ``values`` are a sample's inputs and outputs by name. ``group(label)`` is what samples share that count together
-    only (a question and its answer) or are no evidence apart (frames of one film); None: each stands alone.
+    only (a question and its answer) or are no evidence apart (frames of one film); None: each stands alone. ``row``:
+    the built-in metric whose values ``sample`` gives; without one higher is better.
     """
 
     name: str
     sample: Callable[[Feed, Any], float] | None = None
     corpus: Callable[[list[Feed], list[Any]], float] | None = None
     group: Callable[[Any], Hashable] | None = None
+    row: Metric | None = None
+
+    @property
+    def higher_is_better(self) -> bool:
+        return self.row is None or self.row.higher_is_better
 
 
 def score_of(name: str, function: Callable[..., float]) -> Score:
@@ -58,12 +66,16 @@ class Scores:
             self._corpus.append(values)
 
     def value(self) -> Interval:
+        if self._score is not None and self._score.row is not None:
+            return metrics.measure(self._score.row, np.array(self._values))
         if self._apart:
             return interval_mean(self._values)
         return jackknife(self._of, self._units())
 
     def drop_to(self, other: Scores) -> Interval:
-        """This score minus the other's, paired by sample."""
+        """How much worse the other is, paired by sample: this score minus the other's, or as the metric says."""
+        if self._score is not None and self._score.row is not None:
+            return metrics.drop(self._score.row, np.array(self._values), np.array(other._values))
         if self._apart:
             return interval_paired_difference(self._values, other._values)
         return jackknife(lambda kept: self._of(kept) - other._of(kept), self._units())

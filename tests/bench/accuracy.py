@@ -27,16 +27,17 @@ from rich.table import Table
 
 from edgeq.facts import environment
 from edgeq.num.intervals import Interval
+from edgeq.num.metrics import METRICS
 from edgeq.recipe import DEFAULT
-from edgeq.validator.score import Scores, score_of
+from edgeq.validator.score import Score, Scores, score_of
 from tests.bench.apart import PINS, quantized_apart
 from tests.bench.compare import FLOAT, OURS, export
 from tests.bench.executed import integer_macs_share, quantizes
 from tests.bench.peers import Peer, known_peers
 from tests.bench.quantizers import ORT, OTHERS, first_line
-from tests.zoo import ZOO
+from tests.zoo import ENTRIES, ZOO
 from tests.zoo.packages import data, float_model, load
-from tests.zoo.score import Values, cosine, run
+from tests.zoo.score import Values, cosine, only_output, run
 
 # What edgeq is held to. Those left out quantize while running, or choose 16-bit floats and float activations.
 BAR = (
@@ -103,8 +104,8 @@ class Bench:
     """One model's evaluation samples, float's answers to them, and the scores of every file measured so far."""
 
     def __init__(self, name: str, count: int | None) -> None:
-        self.name, self.metric = name, ZOO[name].metric
-        self.samples = list(data(ZOO[name].evaluation, count))
+        self.name, self.metric = name, ENTRIES[name].metric
+        self.samples = list(data(ENTRIES[name].evaluation, count))
         self.expected, self.labels = run(float_model(name), self.samples)
         self.scores: dict[str, Scores] = {FLOAT: self._scores(self.expected)}
 
@@ -131,10 +132,18 @@ class Bench:
         )  # fmt: skip
 
     def _scores(self, results: Sequence[Values]) -> Scores:
-        scores = Scores(score_of(self.metric, load(self.metric)))
+        scores = Scores(_score(self.metric))
         for result, label in zip(results, self.labels, strict=True):
             scores.add(result, label)
         return scores
+
+
+def _score(metric: str) -> Score:
+    """A metric of the zoo's or of edgeq's own."""
+    if ":" in metric:
+        return score_of(metric, load(metric))
+    row = METRICS[metric]
+    return Score(metric, lambda values, label: float(row.function(only_output(values), label[None])[0]), row=row)
 
 
 def variants_of(name: str) -> list[str]:
@@ -259,7 +268,7 @@ def _written(out: Path, rows: Sequence[Row], judged: Sequence[Verdict], settings
 
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path))
-@click.argument("names", nargs=-1, type=click.Choice(list(ZOO)))
+@click.argument("names", nargs=-1, type=click.Choice(list(ENTRIES)))
 @click.option("--recipe", "recipes", multiple=True, default=(DEFAULT,), show_default=True, help="edgeq's, in order.")
 @click.option("--no-edgeq", is_flag=True, help="Only the peers.")
 @click.option("--limit", type=int, help="Calibration samples for all; default: each loader's own.")

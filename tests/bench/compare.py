@@ -23,7 +23,7 @@ from rich.table import Table
 from edgeq.recipe import DEFAULT
 from tests.bench.peers import USUAL, known_peers, quantized
 from tests.bench.quantizers import ORT
-from tests.zoo import ZOO
+from tests.zoo import ENTRIES, ZOO
 from tests.zoo.packages import data, float_model, source
 from tests.zoo.score import cosine, metric_value, run
 
@@ -61,7 +61,7 @@ def export(
     ``blind``: it holds out calibration samples to judge its drafts by, and sees none of those for evaluation."""
     import edgeq
 
-    package, entry = folder / f"{name}.edgeq", ZOO[name]
+    package, entry = folder / f"{name}.edgeq", ENTRIES[name]
     if again or not (package / "model.onnx").is_file():
         edgeq.export(
             source(entry), target="local", recipe=recipe, calibration=entry.calibration,
@@ -72,7 +72,7 @@ def export(
 
 def measure(name: str, artefacts: Mapping[str, Path], threads: Sequence[int], count: int | None) -> list[Measured]:
     """Every artefact of the zoo model ``name`` beside its float model."""
-    entry, reference = ZOO[name], float_model(name)
+    entry, reference = ENTRIES[name], float_model(name)
     samples = list(data(entry.evaluation, count))
     expected, labels = run(reference, samples)
     paths = {FLOAT: reference, FLOAT_EXTENDED: reference, **artefacts}
@@ -172,7 +172,7 @@ def show(rows: Sequence[Measured], threads: Sequence[int], variants: Sequence[st
 
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path))
-@click.argument("names", nargs=-1, type=click.Choice(list(ZOO)))
+@click.argument("names", nargs=-1, type=click.Choice(list(ENTRIES)))
 @click.option("--variant", "variants", multiple=True, type=click.Choice(list(ORT)), default=("u8", *USUAL))
 @click.option("--threads", multiple=True, type=int, default=(1, 2))
 @click.option("--count", type=int, help="Evaluation samples; default: each loader's own.")

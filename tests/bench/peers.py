@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 from tests.bench.quantizers import ORT, first_line, quantize
-from tests.zoo import ZOO
+from tests.zoo import ENTRIES, ZOO
 from tests.zoo.packages import data, float_model
 
 
@@ -60,7 +60,7 @@ def quantized(name: str, folder: Path, variants: Sequence[str], samples: int | N
 
 def calibration_feeds(name: str, samples: int | None = None) -> list[dict[str, Any]]:
     """The calibration samples of a zoo model, without their labels."""
-    drawn = data(ZOO[name].calibration, samples)
+    drawn = data(ENTRIES[name].calibration, samples)
     return [{key: value for key, value in sample.items() if key != "label"} for sample in drawn]
 
 
@@ -82,7 +82,7 @@ USUAL = ("static", "channel", "dynamic")
 
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path))
-@click.argument("names", nargs=-1, type=click.Choice(list(ZOO)))
+@click.argument("names", nargs=-1, type=click.Choice(list(ENTRIES)))
 @click.option("--variant", "variants", multiple=True, type=click.Choice(list(ORT)), default=USUAL)
 @click.option("--samples", type=int, help="Calibration samples; default: each loader's own.")
 def main(out: Path, names: tuple[str, ...], variants: tuple[str, ...], samples: int | None) -> None:

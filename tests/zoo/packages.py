@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.zoo import ZOO, Entry
+from tests.zoo import ENTRIES, Entry
 
 
 class ZooError(Exception):
@@ -76,7 +76,7 @@ def source(entry: Entry) -> str:
 
 def float_model(name: str) -> Path:
     """The float ``.onnx`` of zoo model ``name``; a torch module is exported into the cache once."""
-    where = source(ZOO[name])
+    where = source(ENTRIES[name])
     if ":" not in where:
         return Path(where)
     path = cache() / f"{name}.onnx"

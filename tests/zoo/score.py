@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +42,25 @@ def run(path: str | Path, samples: Iterable[dict[str, Any]]) -> tuple[list[Value
 
 
 def metric_value(metric: str, results: list[Values], labels: list[Any]) -> float:
-    """The metric ``pkg.module:fn`` over all samples: a corpus metric as it is, else the mean over samples."""
-    measure = load(metric)
+    """The metric over all samples: a corpus metric as it is, else the mean over samples."""
+    measure: Callable[..., float] = OWN[metric] if metric in OWN else load(metric)
     if getattr(measure, "corpus", False):
         return float(measure(results, labels))
     return float(np.mean([measure(result, label) for result, label in zip(results, labels, strict=True)]))
+
+
+def perplexity(results: list[Values], labels: list[Any]) -> float:
+    """The exponential of the mean of -log p(label) over all positions of logits f32[1, s, vocabulary]."""
+    losses = []
+    for values, tokens in zip(results, labels, strict=True):
+        logits = only_output(values)[0]
+        logits = logits - logits.max(-1, keepdims=True)
+        losses.append(np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(tokens)), tokens])
+    return float(np.exp(np.concatenate(losses).mean()))
+
+
+perplexity.corpus = True  # type: ignore[attr-defined]
+OWN = {"perplexity": perplexity}
 
 
 def cosine(a: list[Values], b: list[Values]) -> float:
