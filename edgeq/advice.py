@@ -32,7 +32,7 @@ from edgeq.given import (
     target_of,
 )
 from edgeq.ir import query
-from edgeq.num.quant import TENSOR, Coded, QParams, Quant
+from edgeq.num.quant import TENSOR, Coded, QParams, Quant, code_type
 from edgeq.packaging import check_writable
 from edgeq.quantizer import Quantizer
 from edgeq.report import html as page
@@ -145,7 +145,7 @@ def _unfilled(node: ir.Node, quant: Quant) -> Coded:
     """A weight's codes as far as it matters for how they would run: shape and mapping, without numbers."""
     shape = tuple(int(dim or 0) for dim in query.dims(node.inputs[STORABLE[node.op_type]]) or ())
     params = QParams(quant, np.ones((), np.float32), np.zeros((), np.int32), axis_of(node, quant))
-    return Coded(params, np.broadcast_to(np.zeros((), np.int32), shape))
+    return Coded(params, np.broadcast_to(np.zeros((), code_type(quant)), shape))
 
 
 def _activations(

@@ -12,8 +12,9 @@ from hypothesis.extra import numpy as hnp
 from onnx import TensorProto, helper
 
 from edgeq.errors import RecipeError
+from edgeq.num.fit import fit_weight
 from edgeq.num.formats import BF16, F16, F32, Float, Int, parse_format
-from edgeq.num.quant import QParams, Quant, code_range, dequantize, fake_quant, parse_quant, quantize
+from edgeq.num.quant import Coded, QParams, Quant, code_range, dequantize, fake_quant, parse_quant, quantize
 
 ONNX_TYPES = {
     "u8": TensorProto.UINT8,
@@ -161,3 +162,23 @@ def test_what_no_format_is_called_is_told(text: str) -> None:
 def test_a_float_format_has_no_codes() -> None:
     with pytest.raises(TypeError, match="f16/tensor has no integer codes"):
         code_range(parse_quant("f16"))
+
+
+@pytest.mark.parametrize(
+    ("text", "dtype"),
+    {
+        "i2/channel": "int8", "i8/channel": "int8", "u4/block16/asym": "uint8", "u8/tensor/asym": "uint8",
+        "i16/channel": "int16", "u16/tensor/asym": "uint16", "f4e2m1/block16": "uint8", "f8e4m3/channel": "uint8",
+        "bf16/tensor": "uint16",
+    }.items(),
+)  # fmt: skip
+def test_codes_are_kept_in_the_narrowest_type(text: str, dtype: str) -> None:
+    """The outermost codes come back, so nothing wraps around."""
+    quant = parse_quant(text)
+    x = np.random.default_rng(5).normal(size=(8, 64)).astype(np.float32)
+    params = fit_weight(x, quant, None if quant.block == 0 else 1 if quant.block > 0 else 0)
+    wide = quantize(x, params)
+    coded = Coded(params, wide)
+    assert coded.codes.dtype == np.dtype(dtype)
+    np.testing.assert_array_equal(coded.codes, wide)
+    np.testing.assert_array_equal(dequantize(coded.codes, params), dequantize(wide, params))

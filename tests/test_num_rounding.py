@@ -55,7 +55,6 @@ def test_codes_are_in_range_and_matrix_and_mapping_keep_their_shapes(name: str, 
     coded = ROUNDERS[name](W, params, inputs_of(X))
     lo, hi = params.code_range
     assert coded.codes.shape == W.shape
-    assert coded.codes.dtype == np.int32
     assert lo <= coded.codes.min() <= coded.codes.max() <= hi
     assert coded.params.scale.shape == params.scale.shape
     assert coded.params.zero_point.shape == params.zero_point.shape

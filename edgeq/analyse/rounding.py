@@ -254,8 +254,7 @@ def _back(coded: Coded, layer: Layer) -> Coded:
         blocks = layer.params.scale.shape[1]
         scale, zero = (_tensor(values, layer, blocks) for values in (params.scale, params.zero_point))
         params = replace(params, scale=scale, zero_point=zero)
-    codes = _tensor(coded.codes, layer, layer.weight.shape[1])
-    return Coded(replace(params, axis=layer.params.axis), np.asarray(codes, np.int32))
+    return Coded(replace(params, axis=layer.params.axis), _tensor(coded.codes, layer, layer.weight.shape[1]))
 
 
 def _stages(layers: Sequence[Layer], count: int) -> Iterator[list[Layer]]:

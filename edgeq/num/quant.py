@@ -77,10 +77,14 @@ class QParams:
 
 @dataclass(frozen=True)
 class Coded:
-    """A constant ready to be stored: its mapping and ``codes`` of its elements, which may be rounded in any way."""
+    """A constant ready to be stored: its mapping and ``codes`` of its elements, which may be rounded in any way; they
+    are kept in ``code_type``, not in the int32 that rounding computes in, which takes as much as the real weights."""
 
     params: QParams
-    codes: NDArray[np.int32]
+    codes: NDArray[np.integer]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "codes", self.codes.astype(code_type(self.params.quant), copy=False))
 
 
 def parse_quant(text: str) -> Quant:
@@ -118,6 +122,14 @@ def code_range(quant: Quant) -> tuple[int, int]:
         raise TypeError(f"{quant} has no integer codes")
     lo, hi = quant.format.lo, quant.format.hi
     return (lo + 1, hi) if quant.symmetric else (lo, hi)
+
+
+def code_type(quant: Quant) -> np.dtype[Any]:
+    """The narrowest numpy type that holds the codes of a mapping; codes of floats are their bits, of f32 signed."""
+    form = quant.format
+    signed = form.signed if isinstance(form, Int) else form == F32
+    size = next(size for size in (1, 2, 4) if form.bits <= 8 * size)
+    return np.dtype(f"{'i' if signed else 'u'}{size}")
 
 
 def steps(quant: Quant) -> int:

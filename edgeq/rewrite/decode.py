@@ -114,7 +114,7 @@ def spread(values: NDArray[Any], params: QParams, rank: int) -> NDArray[Any]:
     return values.reshape([-1 if axis == params.axis else 1 for axis in range(rank)])
 
 
-def _blocked(codes: NDArray[np.int32], params: QParams) -> NDArray[np.int32]:
+def _blocked(codes: NDArray[np.integer], params: QParams) -> NDArray[np.integer]:
     """Codes with the axis that is cut in blocks as two, [blocks, elements]; a short last block is filled with 0."""
     block, axis = params.quant.block, params.axis
     if block <= 0 or axis is None:
