@@ -15,8 +15,8 @@ from edgeq.errors import RecipeError, did_you_mean
 PRESETS = {
     "float": "canonicalize",
     "fast": "canonicalize; quantize(ranges=minmax)",
-    "balanced": "canonicalize; smooth; quantize",
-    "accurate": "canonicalize; smooth; equalize; quantize(ranges=search, rounding=gptq, relief=6)",
+    "balanced": "canonicalize; smooth; embeddings; quantize",
+    "accurate": "canonicalize; smooth; equalize; embeddings; quantize(ranges=search, rounding=gptq, relief=6)",
     "small": "canonicalize; smooth; weights(format=u4/block32/asym, ops=Gather); quantize",
 }
 DEFAULT = "balanced"

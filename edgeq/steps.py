@@ -7,10 +7,12 @@ which nodes end up integer is settled by measurement later, and each plan must b
 from __future__ import annotations
 
 import inspect
+import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import isfinite
+from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
@@ -19,12 +21,12 @@ from edgeq.analyse import equalizing, smoothing
 from edgeq.analyse.observe import observe
 from edgeq.analyse.rounding import round_weights
 from edgeq.analyse.sensitivity import Probe, decibel
-from edgeq.analyse.weights import snr_db, storable
+from edgeq.analyse.weights import nearest, snr_db, storable
 from edgeq.context import Context
 from edgeq.errors import RecipeError
 from edgeq.ir import io, verify
 from edgeq.num.fit import METHODS
-from edgeq.num.quant import parse_quant
+from edgeq.num.quant import Coded, Quant, parse_quant
 from edgeq.num.rounding import ROUNDERS
 from edgeq.quantizer import BIASES, LEAST_REDUCTION, Quantizer
 from edgeq.recipe import Recipe, Step
@@ -33,9 +35,14 @@ from edgeq.rewrite.equalize import equalize as equalize_model
 from edgeq.rewrite.smooth import smooth as smooth_model
 from edgeq.rewrite.weights import store_weights, ways_of
 from edgeq.run.samples import split, take
+from edgeq.run.timing import Ratio, TimedConfig, compare, ratio
 
 EQUALIZE_HELD, EQUALIZE_SAMPLES = 0.25, 16  # share of the samples, and how many of them, that judge and don't teach
 EQUAL = 1e-5  # noise-to-signal power up to which two float models are one
+LARGE = 1 << 18  # bytes of a table that is worth the nodes which decode its rows
+FREE_DB, FREE_SAMPLES = 40.0, 16  # of SNR on the outputs, a hundredth of the amplitude; how many samples tell
+SLOWER = 1.02  # of a ratio's lower bound: of two equal files one may seem 1 % slower
+TIMED_SAMPLES, TIMED_SECONDS = 4, 3.0  # seconds a thread count
 CHECK_SAMPLES = 2  # a rewrite is compared on so many samples: it is wrong everywhere or nowhere
 
 
@@ -93,6 +100,47 @@ def equalize(model: ir.Model, context: Context) -> ir.Model:
     return result if kept else model
 
 
+def embeddings(model: ir.Model, context: Context, *, format: str = "i8/channel") -> ir.Model:
+    """Store large tables that rows are gathered from as codes, if neither the outputs nor the clock can tell."""
+    quant = parse_quant(format)
+    large = {edge: p for edge, p in storable(model, quant, ["Gather"]).items() if _bytes(model, edge) >= LARGE}
+    coded = {edge: one for edge, one in nearest(model, large).items() if ways_of(model, {edge: one})[edge] == "rows"}
+    if not coded:
+        return model
+    with context.recorder.step("embeddings", len(coded)) as facts:
+        result = store_weights(model, coded)
+        probe = Probe(model, take(context.calibration, FREE_SAMPLES), context.target, context.threads)
+        snr, sizes = decibel(probe.noise(result)), [io.weight_bytes(one) for one in (model, result)]
+        ratios = _ratios(model, result, context) if snr >= FREE_DB and sizes[1] < sizes[0] else []
+        kept = bool(ratios) and all(one.low <= SLOWER for one in ratios)
+        facts.update(format=str(quant), tables=len(coded), bytes_before=sizes[0], bytes_after=sizes[1])
+        facts.update(snr_db=round(snr, 1), latency_ratio=[round(one.value, 3) for one in ratios], kept=kept)
+    if not kept:
+        return model
+    _leave_float(model, result, coded, quant, context)
+    return result
+
+
+def _bytes(model: ir.Model, edge: tuple[str, int]) -> int:
+    value = model.graph.node(edge[0]).inputs[edge[1]]
+    return 0 if value is None or value.const_value is None else value.const_value.nbytes
+
+
+def _ratios(before: ir.Model, after: ir.Model, context: Context) -> list[Ratio]:
+    """How long ``after`` takes over ``before``, one a thread count."""
+    found = []
+    with tempfile.TemporaryDirectory(prefix="edgeq-", ignore_cleanup_errors=True) as folder:
+        configs = []
+        for name, model in (("before", before), ("after", after)):
+            io.write(model, Path(folder) / f"{name}.onnx")
+            configs.append(TimedConfig(name, Path(folder) / f"{name}.onnx", provider=context.target.execution))
+        feeds = [*take(context.calibration, TIMED_SAMPLES)]
+        for threads in context.target.threads:
+            run = compare(configs, feeds, threads=threads, max_seconds=TIMED_SECONDS, seed=context.seed)
+            found.append(ratio(run["after"], run["before"]))
+    return found
+
+
 def weights(
     model: ir.Model,
     context: Context,
@@ -125,11 +173,18 @@ def weights(
             f"{ways['load']} weights in {quant} are decoded when the model is loaded and take float's memory then: "
             "the runtime multiplies by no such codes",
         )
+    _leave_float(model, result, coded, quant, context)
+    return result
+
+
+def _leave_float(
+    model: ir.Model, result: ir.Model, coded: Mapping[tuple[str, int], Coded], quant: Quant, context: Context
+) -> None:
+    """No plan quantizes what reads or decodes stored weights."""
     known = {node.name for node in model.graph}
     added = [str(node.name) for node in result.graph if node.name not in known]
     readers = [name for name, _ in coded]
     context.keep_float.update(dict.fromkeys([*added, *readers], f"its weights are stored as {quant}"))
-    return result
 
 
 def quantize(
@@ -170,6 +225,7 @@ STEPS: dict[str, StepFunction] = {
     "canonicalize": canonicalize,
     "smooth": smooth,
     "equalize": equalize,
+    "embeddings": embeddings,
     "weights": weights,
     "quantize": quantize,
 }
@@ -182,12 +238,14 @@ def options_of(function: StepFunction) -> frozenset[str]:
 
 
 READ_WEIGHTS = ("canonicalize", "smooth")  # steps that see weights as numbers, or fold codes back into them
+STORE = ("embeddings", "weights")  # steps that make codes of them
 KNOWN = {name: options_of(function) for name, function in STEPS.items()}
 
 
 @dataclass
 class Prepared:
-    """The float model after its steps, and the Quantizer when the recipe asks for one. ``stored``: by ``weights``."""
+    """The float model after its steps, and the Quantizer when the recipe asks for one. ``stored``: by ``weights``, as
+    the recipe asks; what ``embeddings`` stores costs nothing and asks for nothing."""
 
     model: ir.Model
     quantizer: Quantizer | None = None
@@ -196,13 +254,14 @@ class Prepared:
 
 
 def apply(recipe: Recipe, model: ir.Model, context: Context) -> Prepared:
-    """Run the steps in order. ``quantize`` must come last, ``weights`` behind the steps that read weights. Raises
+    """Run the steps in order. ``quantize`` must come last, those that store weights behind those that read them. Raises
     RecipeError otherwise."""
-    prepared = Prepared(model)
+    prepared, stores = Prepared(model), ""
     for step in recipe.steps:
         prepared.stored |= step.name == "weights"
-        if prepared.stored and step.name in READ_WEIGHTS:
-            raise RecipeError(f"step {step.name!r} stands behind weights", hint=f"put {step.name} first")
+        if stores and step.name in READ_WEIGHTS:
+            raise RecipeError(f"step {step.name!r} stands behind {stores}", hint=f"put {step.name} first")
+        stores = step.name if step.name in STORE else stores
         if prepared.quantizer is not None:
             raise RecipeError(f"step {step.name!r} stands behind quantize", hint="put quantize last")
         result = _run(step, prepared.model, context)
