@@ -254,6 +254,9 @@ def margin(values, label):
     assert values["x"].shape == (1, 8)
     return float(values["y"][0, label] - np.delete(values["y"][0], label).max())
 
+def right(values, label):
+    return float(values["y"].argmax() == label)
+
 def hits(values, labels):
     return float(np.mean([v["y"].argmax() == label for v, label in zip(values, labels)]))
 
@@ -300,6 +303,20 @@ def test_custom_metrics_by_sample_and_over_all_samples(tmp_path, module):
     others = np.where(np.arange(CLASSES) == truth[:, None], -np.inf, t).max(1)
     assert margin["margin"].value == pytest.approx(np.mean(t[np.arange(COUNT), truth] - others), rel=1e-4)
     assert margin["margin"].limit_kind == "min" and not margin["margin"].passed
+
+
+def test_one_sample_is_the_limit_where_samples_are_right_or_wrong(tmp_path, module):
+    path, samples = save(tmp_path / "r.onnx", WEIGHT), samples_of(INPUTS, LABELS)
+    assert by_name(accuracy(path, path, samples))["top1_drop"].limit == pytest.approx(1 / COUNT, rel=0.01)
+    limits = {
+        name: by_name(accuracy(path, path, samples, metric=f"{module}:{name}"))[f"{name}_drop"].limit
+        for name in ("right", "margin", "hits")
+    }
+    assert limits == {"right": pytest.approx(1 / COUNT, rel=0.01), "margin": 0.005, "hits": 0.005}
+    fixed = save(tmp_path / "b.onnx", WEIGHT, shape=[3, 8])
+    grouped = tuple(tuple(LABELS[i : i + 3]) for i in range(0, COUNT, 3))
+    batches = Samples("test", 20, "0", lambda i: {"x": INPUTS[3 * i : 3 * i + 3]}, grouped)
+    assert by_name(accuracy(fixed, fixed, batches))["top1_drop"].limit == pytest.approx(1 / COUNT, rel=0.01)
 
 
 def test_groups_are_left_out_whole(tmp_path, module):

@@ -29,8 +29,7 @@ REPOSITORY = Path(__file__).parents[1]
 COUNTS = {"CALIBRATION": 24, "EVALUATION": 80}  # samples: enough for the bars, few enough for two slow cores
 OTHER_COUNTS = {
     "OCR4d": {"CALIBRATION": 8, "EVALUATION": 10},  # pages cost a hundred times what lines do
-    # Windows cost little, and an AUC needs them: on 80 of them a true loss of 0.01 stays below what the default limit
-    # allows to so few samples.
+    # Windows cost little, and an AUC of few tells little.
     "VAD": {"CALIBRATION": 128, "EVALUATION": 500},
 }
 

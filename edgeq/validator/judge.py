@@ -4,9 +4,10 @@ The outputs are compared sample by sample and only the scores are kept, instead 
 grow with the samples. The reference's outputs are kept while they are small, since a repair loop asks again and again.
 
 Which limits hold when the user sets none on accuracy: the metric drops by at most what ``MAX_DROPS`` says, else by
-``MAX_DROP``, or by one sample where fewer than 200 are given, since less can't be told; a class-like output agrees in
-its largest class on ``MIN_AGREEMENT`` of the positions, any other has a cosine of ``MIN_COSINE``; integer outputs match
-in ``MIN_AGREEMENT`` of the samples.
+``MAX_DROP``, or where samples are right or wrong and fewer than 200 by one of them, since less can't be told (graded
+scores, and metrics of all samples such as an AUC, can fall by less); a class-like output agrees in its largest class on
+``MIN_AGREEMENT`` of the positions, any other has a cosine of ``MIN_COSINE``; integer outputs match in ``MIN_AGREEMENT``
+of the samples.
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ class Judge:
         self._class_output = next((name for name in self._outputs if self._class_like(name, first[name])), None)
         self._comparisons = {name: self._compared_by(name, first[name]) for name in self._outputs}
         self._score = self._resolve(metric)
-        self._limits = self._accuracy_limits(limits or {})
+        self._given = self._on_accuracy(limits or {})
+        self._limits = self._given or self._default_limits()
 
     def __call__(self, artifact: Path) -> tuple[Check, ...]:
         """Accuracy checks of one file. ModelError when it lacks an output of the reference."""
@@ -168,38 +170,35 @@ class Judge:
         ]
         return found[0] if len(found) == 1 else None
 
-    def _accuracy_limits(self, limits: Limits) -> Limits:
-        """The user's where there are any on accuracy, else the defaults."""
+    def _on_accuracy(self, limits: Limits) -> Limits:
+        """Those of the user's limits that are on accuracy."""
         score = {self._score.name, f"{self._score.name}_drop"} if self._score else set()
         ours = {*AT_LEAST, "max_abs", *(f"{name}_drop" for name in PERFECT), *score}
-        given = {name: value for name, value in limits.items() if name in ours}
-        if given:
-            return given
+        return {name: value for name, value in limits.items() if name in ours}
+
+    def _default_limits(self) -> Limits:
         kinds = {name for names in self._comparisons.values() for name in names}
         if self._class_output:
             default = {"agreement_top1": MIN_AGREEMENT}
         else:
             default = {"cosine": MIN_COSINE} if "cosine" in kinds else {"exact_match": MIN_AGREEMENT}
-        return {
-            **default,
-            **({f"{self._score.name}_drop": self._max_drop(self._score)} if self._score else {}),
-        }
-
-    def _max_drop(self, score: Score) -> float:
-        return MAX_DROPS.get(score.name) or max(MAX_DROP, ONE_SAMPLE / len(self.samples))
+        drop = {f"{self._score.name}_drop": MAX_DROPS.get(self._score.name, MAX_DROP)} if self._score else {}
+        return default | drop
 
     def _score_checks(self, expected: Scores, found: Scores) -> list[Check]:
         if self._score is None:
             return []
-        name, count = self._score.name, len(self.samples)
+        name, count, limits = self._score.name, len(self.samples), self._limits
+        if not self._given:
+            limits = {**limits, f"{name}_drop": max(limits[f"{name}_drop"], ONE_SAMPLE * expected.step)}
         before, after, drop = expected.value(), found.value(), expected.drop_to(found)
         note = ""
         if name == "top1" and before.high is not None and before.high < 0.1:
             note = f"the reference itself is right on {before.value:.1%}: are these labels this model's?"
         return [
             held(f"{name}_reference", before, {}, samples=count, note=note),
-            held(name, after, self._limits, samples=count, at_least=self._score.higher_is_better),
-            held(f"{name}_drop", drop, self._limits, samples=count),
+            held(name, after, limits, samples=count, at_least=self._score.higher_is_better),
+            held(f"{name}_drop", drop, limits, samples=count),
         ]
 
     def _comparison_checks(self, values: Mapping[tuple[str, str], list[float]]) -> list[Check]:

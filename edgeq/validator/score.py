@@ -72,6 +72,16 @@ class Scores:
             return interval_mean(self._values)
         return jackknife(self._of, self._units())
 
+    @property
+    def step(self) -> float:
+        """What one sample changes that turns from right to wrong. 0 where there is no such step: scores are graded, or
+        the metric is of all samples, and only it knows (an AUC moves by one pair of them)."""
+        if self._score is None or self._score.corpus is not None or not self._values:
+            return 0.0
+        if self._score.row is not None and self._score.row.name == "top1":
+            return 1 / sum(map(np.size, self._labels))  # a batch's score is the mean of its rows
+        return 1 / len(self._values) if np.isin(self._values, (0.0, 1.0)).all() else 0.0
+
     def drop_to(self, other: Scores) -> Interval:
         """How much worse the other is, paired by sample: this score minus the other's, or as the metric says."""
         if self._score is not None and self._score.row is not None:
