@@ -71,13 +71,6 @@ class RuntimeUnavailableError(EdgeqError):
     exit_status = 3
 
 
-class CheckFailedError(EdgeqError):
-    """A limit the user set isn't met by the best artefact that could be proven."""
-
-    code = "check"
-    exit_status = 1
-
-
 def did_you_mean(word: str, known: list[str], otherwise: str = "") -> str:
     """A sentence with the nearest known word; without one ``otherwise``, or the list of all of them."""
     import difflib

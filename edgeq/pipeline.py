@@ -21,6 +21,7 @@ from edgeq.context import Context
 from edgeq.facts import environment, samples_facts, source_facts, target_facts, timing_facts
 from edgeq.given import Wanted, check_form, read_with_samples, samples_settings, samples_spec, target_of
 from edgeq.ir import io
+from edgeq.ir.text import to_text
 from edgeq.lower.emit import describe, emit
 from edgeq.packaging import (
     PACKAGES,
@@ -225,7 +226,7 @@ def _golden(settled: Settled, held_out: Samples) -> Golden:
 
 
 def _dump(folder: Path, source: ir.Model, prepared: steps.Prepared, settled: Settled) -> None:
-    """Every intermediate model, numbered in order."""
+    """Every intermediate model, numbered in order, as a file and as text to compare."""
     folder.mkdir(parents=True, exist_ok=True)
     stages = [("source", source), *prepared.intermediates]
     if settled.quantizer is not None and settled.quantizer.model is not prepared.model:
@@ -233,6 +234,7 @@ def _dump(folder: Path, source: ir.Model, prepared: steps.Prepared, settled: Set
     stages.append((settled.chosen.name.replace(" ", "-"), settled.chosen.model))
     for index, (name, model) in enumerate(stages):
         io.write(model, folder / f"{index:02d}-{name}.onnx")
+        (folder / f"{index:02d}-{name}.txt").write_text(to_text(model) + "\n", encoding="utf-8")
 
 
 def _report(

@@ -13,6 +13,7 @@ import edgeq
 from edgeq import pipeline
 from edgeq.cli import main
 from edgeq.ir import io
+from edgeq.ir.text import to_text
 from edgeq.report.codec import from_json
 from edgeq.report.record import Report
 from edgeq.run.session import open_session, run_session
@@ -117,6 +118,9 @@ def test_every_intermediate_model_is_dumped_and_runs(exported: tuple[Path, Repor
     assert [path.name[:2] for path in dumped] == [f"{index:02d}" for index in range(len(dumped))]
     assert dumped[0].name == "00-source.onnx"
     assert dumped[1].name == "01-canonicalize.onnx"
+    texts = [path.with_suffix(".txt").read_text(encoding="utf-8") for path in dumped]
+    assert texts[1] == to_text(io.read(dumped[1])) + "\n"
+    assert "QuantizeLinear(" in texts[-1] and "QuantizeLinear(" not in texts[0]
     feed = {"image": small_net.images(1, seed=5)}
     outputs = [run_session(open_session(path), feed)["logits"] for path in dumped]
     for output in outputs[1:]:

@@ -11,8 +11,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from edgeq.errors import ModelError, RuntimeUnavailableError, SampleError, UsageError
-from edgeq.run.session import OrtRunner, feeds_like, input_specs, open_session, output_specs, run_all, run_session
+from edgeq.errors import ModelError, RuntimeUnavailableError, SampleError
+from edgeq.run.session import feeds_like, input_specs, open_session, output_specs, run_session
 from edgeq.target.record import Provider
 
 
@@ -43,7 +43,7 @@ def test_a_session_computes_what_the_reference_evaluator_computes(level, threads
     session = open_session(proto.SerializeToString(), level=level, threads=threads)
     feed = {"x": np.random.default_rng(1).normal(size=(5, 4)).astype(np.float32)}
     expected = ReferenceEvaluator(proto).run(None, feed)[0]
-    np.testing.assert_allclose(OrtRunner(session).run(feed)["y"], expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(run_session(session, feed)["y"], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_file_bytes_and_ir_model_are_the_same_session(tmp_path):
@@ -85,22 +85,6 @@ def test_synthetic_feeds_fit_and_repeat():
     feed = feeds_like(session, seed=3, dims={"n": 2})
     assert feed["x"].shape == (2, 4) and feed["x"].dtype == np.float32
     np.testing.assert_array_equal(feed["x"], feeds_like(session, seed=3, dims={"n": 2})["x"])
-
-
-def test_run_all_can_ask_for_some_outputs():
-    session = open_session(linear().SerializeToString())
-    feeds = [feeds_like(session, seed) for seed in range(3)]
-    assert [list(out) for out in run_all(session, feeds, ["y"])] == [["y"]] * 3
-
-
-def test_runner_times_what_was_asked():
-    timing = OrtRunner(open_session(linear().SerializeToString(), threads=2)).time(
-        {"x": np.ones((1, 4), np.float32)}, warmup=1, repeats=7
-    )
-    assert len(timing.laps_ms) == 7 and timing.threads == 2
-    assert min(timing.laps_ms) <= timing.median_ms <= timing.p90_ms <= timing.p99_ms
-    with pytest.raises(UsageError, match="repeats is 0"):
-        OrtRunner(open_session(linear().SerializeToString())).time({}, 0, 0)
 
 
 def test_config_entries_and_profile_reach_the_runtime(tmp_path):

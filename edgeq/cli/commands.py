@@ -70,7 +70,7 @@ def cli() -> None:
 @options.answers
 @options.inputs
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Use at most N calibration samples.")
-@click.option("--dump", type=PATH, metavar="DIR", help="Keep the model after each step here.")
+@click.option("--dump", type=PATH, metavar="DIR", help="Keep the model after each step here, with its text.")
 @options.form
 @options.force
 @options.seed

@@ -1,4 +1,4 @@
-"""A model as text, one line a node, for golden tests, dumps and error messages (L2).
+"""A model as text, one line a node, for dumps and golden tests (L2).
 
 ONNX's own printers show types a reader doesn't need or hide constants he does; this form is short enough for a test to
 hold it whole. It is written only, never parsed: the file format is ONNX.

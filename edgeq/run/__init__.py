@@ -1,1 +1,1 @@
-"""Running a model anywhere: samples, runners, timing (L4)."""
+"""Running a model anywhere: samples, sessions, timing (L4)."""

@@ -1,10 +1,10 @@
-"""Records of running: Samples, Timing and the Runner protocol (L4)."""
+"""Records of running: Samples and Timing (L4)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from numpy.typing import NDArray
 
@@ -57,11 +57,3 @@ class Timing:
     load_ms: float = 0.0
     peak_bytes: int = 0
     laps_per_turn: int = 1
-
-
-class Runner(Protocol):
-    """A model ready to run somewhere."""
-
-    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]: ...
-
-    def time(self, inputs: Mapping[str, Array], warmup: int, repeats: int) -> Timing: ...

@@ -9,8 +9,7 @@ this process, those on other providers in the one of ``target.isolated``. Warnin
 from __future__ import annotations
 
 import tempfile
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -20,7 +19,7 @@ import numpy as np
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 
-from edgeq.errors import ModelError, SampleError, UsageError
+from edgeq.errors import ModelError, SampleError
 from edgeq.run.record import Array, Feed, Timing
 from edgeq.target.isolated import Argument, IsolatedSession
 from edgeq.target.provider import RefusedError, check_taken, first_line, open_on, runtime_errors
@@ -200,40 +199,6 @@ def run_session(session: Session, feed: Mapping[str, Array], outputs: Sequence[s
 def _unfit(session: Session, error: Exception) -> SampleError:
     expected = "; ".join(map(str, input_specs(session)))
     return SampleError(f"a sample doesn't fit the model: {first_line(error)}", hint=f"the inputs are: {expected}")
-
-
-def run_all(
-    session: Session, samples: Iterable[Feed], outputs: Sequence[str] | None = None
-) -> Iterator[dict[str, Array]]:
-    """Outputs (all, or those named) of each sample in turn; nothing is kept between samples."""
-    return (run_session(session, feed, outputs) for feed in samples)
-
-
-class OrtRunner:
-    """``Runner`` on an in-process session."""
-
-    def __init__(self, session: onnxruntime.InferenceSession) -> None:
-        self.session = session
-
-    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Input name -> array in, output name -> array out."""
-        return run_session(self.session, inputs)
-
-    def time(self, inputs: Mapping[str, Array], warmup: int, repeats: int) -> Timing:
-        """Wall time of ``repeats`` runs after ``warmup`` more. For two configurations use ``timing.compare``."""
-        if repeats < 1:
-            raise UsageError(f"repeats is {repeats}, expected at least 1")
-        names, feed = [arg.name for arg in self.session.get_outputs()], dict(inputs)
-        self.run(feed)  # checks the feed; the laps below take the shortest way
-        for _ in range(warmup):
-            self.session.run(names, feed)
-        laps = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            self.session.run(names, feed)
-            laps.append((time.perf_counter() - start) * 1e3)
-        threads = int(self.session.get_session_options().intra_op_num_threads)
-        return timing_of(laps, threads=threads, warmup=warmup)
 
 
 def timing_of(
