@@ -12,7 +12,7 @@ venv: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(INSTALL) --editable '.[torch,images,text,dev]'
+	$(INSTALL) --editable '.[torch,images,text,sign,dev]'
 	$(INSTALL) --no-deps $(foreach package,$(ZOO),'$(package)')
 	touch $@
 

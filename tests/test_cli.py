@@ -36,7 +36,7 @@ def _run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str
 
 
 def test_help_of_every_command_shows_examples_and_statuses(capsys: pytest.CaptureFixture[str]) -> None:
-    words = "advise bench explain export footprint inspect list package sensitivity validate"
+    words = "advise bench delta explain export footprint inspect key list package sensitivity validate"
     assert sorted(cli.commands) == words.split()
     for name in cli.commands:
         status, out, err = _run(capsys, name, "--help")
@@ -59,7 +59,7 @@ def test_help_of_every_command_shows_examples_and_statuses(capsys: pytest.Captur
         (["explain", "zzzz"], "see `edgeq list`, or give --report"),
         (["explain", "/conv", "--report", "nowhere"], "can't read report 'nowhere'"),
         (["package", "nowhere"], "'nowhere' is no edgeq package"),
-        (["package", "nowhere", "--form", "zip"], "unknown package form 'zip'"),
+        (["package", "nowhere", "--form", "zap"], "unknown package form 'zap'"),
     ],
 )
 def test_bad_usage_is_status_2_and_says_what_to_do(

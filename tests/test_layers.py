@@ -39,13 +39,14 @@ LAYERS = {
     "search": 10,
     "advice": 10.5,
     "examine": 10.5,
+    "packages": 10.5,
     "pipeline": 10.5,
     "sizes": 10.5,
     "cli": 11,
     "__init__": 11,
     "__main__": 11.5,
 }
-HEAVY = {"PIL", "onnxscript", "plotly", "scipy", "sklearn", "tokenizers", "torch", "transformers"}
+HEAVY = {"PIL", "cryptography", "onnxscript", "plotly", "scipy", "sklearn", "tokenizers", "torch", "transformers"}
 FILES = sorted(ROOT.rglob("*.py"))
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -248,32 +248,72 @@ def bench(models: tuple[str, ...], inputs: tuple[str, ...], quiet: bool, **setti
 
 
 @cli.command(cls=Command, epilog=EPILOG)
-@click.argument("package", type=PATH)
+@click.argument("packages", type=PATH, nargs=-1, required=True)
 @click.option("-o", "--out", type=PATH, help="Write it again here, in another form; without it, only verify.")
 @options.form
+@options.answers
+@click.option("--sign", "key", type=PATH, metavar="KEY", help="Sign it with this private key; see `edgeq key`.")
+@options.trust
 @options.force
 @options.as_json
-def package(package: Path, out: Path | None, form: str, force: bool) -> Report:
-    """Verify PACKAGE; with -o, write it again.
+def package(packages: tuple[Path, ...], **settings: Any) -> Report:
+    """Verify PACKAGES; with -o, write them again as one.
 
-    Every digest is checked, then this machine, then the golden runs.
+    Every digest is checked, then this machine, then the golden runs. Several packages of one model become variants of
+    one package, the first preferred, which share the weights they have in common.
 
     \b
     edgeq package net.edgeq
-    edgeq package net.edgeq -o app/assets/net --force
+    edgeq package net.edgeq --trust team.pem.pub
+    edgeq package net.edgeq -o app/assets/net --force --sign team.pem
+    edgeq package vnni.edgeq avx2.edgeq float.edgeq -o net.edgeq
     """
-    from edgeq.errors import UsageError, did_you_mean
-    from edgeq.packaging import PACKAGES, read_directory, verify_package
-    from edgeq.report.record import Notice
+    from edgeq.packages import package as run
 
-    if form not in PACKAGES:
-        raise UsageError(f"unknown package form {form!r}", hint=did_you_mean(form, list(PACKAGES)))
-    verify_package(package)
-    found = read_directory(package)
-    words = [Notice("info", "verified", f"verified {package}: every digest, this machine, the golden runs")]
-    if out is not None:
-        words.append(Notice("info", "written", f"written {PACKAGES[form](found, out, force=force)}"))
-    return replace(found.report, notices=(*found.report.notices, *words))
+    return run(packages, **settings)
+
+
+@cli.command(cls=Command, epilog=EPILOG)
+@click.argument("file", type=PATH)
+@options.as_json
+def key(file: Path) -> Answer:
+    """Make a key to sign packages with.
+
+    The private half goes to FILE, which only its owner can read, the public one to FILE.pub.
+
+    \b
+    edgeq key team.pem
+    """
+    from edgeq.packaging import create_key
+
+    public = create_key(file)
+    text = f"private key {file}: keep it where only you can read it\npublic key {public}: for `--trust`"
+    return Answer({"private": str(file), "public": str(public)}, text)
+
+
+@cli.command(cls=Command, epilog=EPILOG)
+@click.argument("words", nargs=-1, required=True, metavar="OLD NEW | apply DELTA PACKAGE")
+@click.option("-o", "--out", type=PATH, help="Where the update goes.  [default: NEW's name + .delta]")
+@options.trust
+@options.as_json
+def delta(words: tuple[str, ...], out: Path | None, trust: Path | None) -> Report:
+    """Make an update from one package to the next, or apply one.
+
+    An update holds what changed and nothing else. It is applied whole or not at all, after every digest and the golden
+    runs; where edgeq isn't installed, `python DELTA PACKAGE` applies it.
+
+    \b
+    edgeq delta old.edgeq new.edgeq -o new.delta
+    edgeq delta apply new.delta installed.edgeq
+    """
+    from edgeq.errors import UsageError
+    from edgeq.packages import make_update, update
+
+    if len(words) == 3 and words[0] == "apply":
+        return update(words[1], words[2], trust=trust)
+    if len(words) == 2:
+        return make_update(words[0], words[1], out or Path(f"{Path(words[1]).stem}.delta"))
+    raise UsageError(f"can't read {' '.join(words)!r}", hint="edgeq delta OLD NEW, or edgeq delta apply DELTA PACKAGE")
 
 
 @cli.command("list", cls=Command, epilog=EPILOG)

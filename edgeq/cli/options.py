@@ -56,6 +56,9 @@ answers = _together(
 synthetic = click.option("--synthetic", is_flag=True, help="Allow random data; marked in every view.")
 force = click.option("--force", is_flag=True, help="Replace an edgeq package that is in the way.")
 form = click.option("--form", default="dir", show_default=True, help="Package form; see `edgeq list packages`.")
+trust = click.option(
+    "--trust", type=PATH, metavar="FILE", help="Public key that must have signed the package, a .pub file."
+)
 as_json = click.option("--json", "_json", is_flag=True, expose_value=False, help="Print one JSON object on stdout.")
 quiet = click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")
 evaluation = click.option("-e", "--evaluation", metavar="DATA", help="Held-out samples, with labels where known.")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from edgeq.packaging.delta import apply_delta, write_delta
 from edgeq.packaging.directory import combined, read_directory, read_manifest, verify_package, write_directory
-from edgeq.packaging.place import check_free, check_writable, is_package, package_in
+from edgeq.packaging.place import check_free, check_writable, is_package, package_in, unpacked
 from edgeq.packaging.postprocess import Postprocessing, labels_of, postprocessing_of
 from edgeq.packaging.record import Golden, Package, Variant
+from edgeq.packaging.sign import create_key, read_public, sign
+from edgeq.packaging.zipped import write_zip
 
-PACKAGES = {"dir": write_directory}
+PACKAGES = {"dir": write_directory, "zip": write_zip}
 
 __all__ = [
     "PACKAGES",
@@ -15,15 +18,21 @@ __all__ = [
     "Package",
     "Postprocessing",
     "Variant",
+    "apply_delta",
     "check_free",
     "check_writable",
     "combined",
+    "create_key",
     "is_package",
     "labels_of",
     "package_in",
     "postprocessing_of",
     "read_directory",
     "read_manifest",
+    "read_public",
+    "sign",
+    "unpacked",
     "verify_package",
+    "write_delta",
     "write_directory",
 ]

@@ -30,6 +30,7 @@ from edgeq.packaging.manifest import (
 )
 from edgeq.packaging.place import is_package, package_in, placed
 from edgeq.packaging.record import Package, Variant
+from edgeq.packaging.sign import sign
 from edgeq.packaging.tensors import write_sharing
 from edgeq.report import codec, html
 from edgeq.run import pictures
@@ -65,6 +66,8 @@ def fill(package: Package, folder: Path) -> dict[str, Any]:
     text = json.dumps(found, indent=2, ensure_ascii=False) + "\n"
     (folder / MANIFEST).write_text(text, encoding="utf-8")
     (folder / SUM).write_bytes(f"{hashlib.sha256(text.encode()).hexdigest()}  {MANIFEST}\n".encode())
+    if package.key is not None:
+        sign(folder, package.key)
     return dict(found)
 
 
@@ -136,7 +139,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         )
     try:
         found: dict[str, Any] = json.loads((folder / MANIFEST).read_bytes())
-    except (OSError, ValueError) as error:
+    except ValueError as error:
+        raise _altered(folder, ValueError(f"{MANIFEST} is altered: it isn't JSON any more, {error}")) from error
+    except OSError as error:
         raise _altered(folder, error) from error
     refuse_other_schema(found, folder)
     return found

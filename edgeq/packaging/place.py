@@ -1,16 +1,13 @@
 """Putting a package into its place: whole or not at all, and never over what is no package (L8).
 
 Files are made in a hidden sibling and renamed into place, so nobody ever sees half a package. What was there is
-exchanged for it in one step where the system can (Linux's ``renameat2``), so that a process killed at any moment leaves
-the old one or the new one; elsewhere two renames come as near as they can.
+exchanged for it in one step where the system can (``renameat2`` on Linux), so that a process killed at any moment
+leaves the old one or the new one; elsewhere two renames come as near as they can.
 """
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import json
-import os
 import shutil
 import tempfile
 import zipfile
@@ -20,9 +17,9 @@ from pathlib import Path
 
 from edgeq.errors import OutputError, PackageError
 from edgeq.packaging.manifest import MANIFEST, SUM
+from edgeq.packaging.update import swap
 
 FORM = "edgeq-form.json"  # in a project that holds a package: which form it has, and where the package lies in it
-AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
 def check_free(out: Path, *, force: bool = False) -> None:
@@ -104,33 +101,22 @@ def placed(out: Path, *, force: bool = False) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextmanager
+def placed_file(out: Path, *, force: bool = False) -> Iterator[Path]:
+    """A new hidden file that becomes ``out`` when the block ends well, and is gone otherwise."""
+    check_free(out, force=force)
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        partial.replace(out)
+    except OSError as error:
+        raise _unwritable(out, error) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def _unwritable(out: Path, error: OSError) -> OutputError:
     return OutputError(
         f"can't write {str(out)!r}: {error.strerror or error}", hint="choose another --out or free space"
     )
-
-
-def swap(folder: Path, out: Path) -> None:
-    """``folder`` becomes ``out``; what was there is removed afterwards."""
-    if not out.exists():
-        folder.rename(out)
-    elif not _exchanged(folder, out):
-        aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent)) / "replaced"
-        out.rename(aside)
-        try:
-            folder.rename(out)
-        except BaseException:
-            aside.rename(out)
-            raise
-        finally:
-            shutil.rmtree(aside.parent, ignore_errors=True)
-
-
-def _exchanged(one: Path, other: Path) -> bool:
-    """Whether the names of two paths were exchanged in one step; False where system or file system can't."""
-    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if os.name == "posix" else None
-    if rename is None or rename(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0:
-        return rename is not None
-    if ctypes.get_errno() in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
-        return False
-    raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(other))

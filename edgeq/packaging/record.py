@@ -44,7 +44,8 @@ class Variant:
 @dataclass(frozen=True)
 class Package:
     """All an app ships. ``model``, ``report`` and ``golden`` are the first variant's, ``others`` are tried where it
-    can't run or is slower; ``metadata`` are words on the model itself, of which ``licence`` is read."""
+    can't run or is slower; ``metadata`` are words on the model itself, of which ``licence`` is read; ``key`` is a file
+    with a private key to sign with."""
 
     model: Path
     report: Report
@@ -54,6 +55,7 @@ class Package:
     metadata: Mapping[str, str] = field(default_factory=dict)
     postprocessing: Mapping[str, Any] = field(default_factory=dict)
     others: tuple[Variant, ...] = ()
+    key: Path | None = None
 
     @property
     def variants(self) -> tuple[Variant, ...]:
