@@ -44,6 +44,7 @@ RANGES = (encoding.Ranges("mse"), encoding.Ranges("percentile"), encoding.Ranges
 PROFILE_SAMPLES = 4
 BIASES = ("weights", "sequential")  # what a bias makes up for: rounded weights, or all that comes before it too
 BIAS_HELD, BIAS_SAMPLES = 0.25, 64  # share of the samples that judges and doesn't teach; how many teach at most
+BIAS_REDUCTION = 0.95  # noise left there: MobileNetV2's 20.0 to 20.1 dB there were 20.6 to 20.5 on 200 other photos
 ATOMS_A_CUT = 3  # atoms run again for each other's sake, and fewer, narrower cuts to keep values at
 FUSION_ROUNDS = 4
 
@@ -244,7 +245,7 @@ class Quantizer:
             found = insert_qdq(self.model, plan, shifts.corrected(job, self.context.recorder.progress.advance))
             probe = Probe(self.model, take(held, SENSITIVITY_SAMPLES), target)
             noise = [probe.noise(one) for one in (model, found)]
-            kept = noise[1] < noise[0]
+            kept = noise[1] < BIAS_REDUCTION * noise[0]
             facts.update(biases=len(layers), snr_db=[round(decibel(value), 1) for value in noise], kept=kept)
         return found if kept else model
 

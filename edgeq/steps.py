@@ -26,7 +26,7 @@ from edgeq.context import Context
 from edgeq.errors import RecipeError
 from edgeq.ir import io, verify
 from edgeq.num.fit import METHODS
-from edgeq.num.quant import Coded, Quant, parse_quant
+from edgeq.num.quant import TENSOR, Coded, Quant, parse_quant
 from edgeq.num.rounding import ROUNDERS
 from edgeq.quantizer import BIASES, LEAST_REDUCTION, Quantizer
 from edgeq.recipe import Recipe, Step
@@ -83,9 +83,12 @@ def equalize(model: ir.Model, context: Context) -> ir.Model:
     learnt, held = split(context.calibration, fraction=EQUALIZE_HELD, seed=context.seed)
     probe = Probe(model, take(held, EQUALIZE_SAMPLES), context.target, context.threads)
     with context.recorder.step("equalize", len(learnt)) as facts:
-        tensors = [pair.tensor for pair in found]
-        stats = observe(model, tensors, learnt, threads=context.threads, progress=context.recorder.progress)
-        chosen = equalizing.search(found, stats)
+        if context.target.weights.block == TENSOR:
+            chosen = equalizing.by_weights(model, found)
+        else:
+            tensors = [pair.tensor for pair in found]
+            stats = observe(model, tensors, learnt, threads=context.threads, progress=context.recorder.progress)
+            chosen = equalizing.search(found, stats)
         facts["pairs"] = len(chosen)
     if not chosen:
         return model

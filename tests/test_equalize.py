@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from edgeq import steps
-from edgeq.analyse.equalizing import MARGIN, MOST, Equalization, pairs, search
+from edgeq.analyse.equalizing import MARGIN, MOST, Equalization, by_weights, pairs, search
 from edgeq.analyse.observe import observe
 from edgeq.context import Context
 from edgeq.report.recorder import Recorder
@@ -16,6 +18,7 @@ from edgeq.rewrite.equalize import equalize
 from edgeq.run.samples import split
 from edgeq.source import read_model
 from edgeq.target.load import load_target
+from edgeq.target.oracle import Oracle
 from tests.graphs import graph, normal, number
 from tests.placed import VNNI, oracle_of, run, samples_of
 
@@ -68,6 +71,66 @@ def test_results_stay(name: str) -> None:
     for feed in data:
         exact = run(model, feed)["y"]
         np.testing.assert_allclose(run(even, feed)["y"], exact, rtol=1e-4, atol=1e-5 * np.abs(exact).max())
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_weights_with_one_scale_are_evened_out_and_results_stay(name: str) -> None:
+    """Nagel et al. 2019, equation 11: both of a pair have ``sqrt(r1 r2)`` as largest weight of a channel, in chains."""
+    model, data = made(FORMS[name]), feeds(3)
+    chosen = by_weights(model, pairs(model))
+    assert bool(chosen) == (name not in ("clip", "shared weight")), "a Clip pins channels"
+    even = equalize(model, chosen)
+    for feed in data:
+        exact = run(model, feed)["y"]
+        np.testing.assert_allclose(run(even, feed)["y"], exact, rtol=1e-4, atol=1e-5 * np.abs(exact).max())
+    weights = {str(node.name): node.inputs[1].const_value.numpy() for node in even.graph if node.op_type == "Conv"}
+    for one in chosen:
+        first, second = weights[one.pair.first], weights[one.pair.second]
+        grouped = second.reshape(8, -1) if one.pair.depthwise else np.moveaxis(second, 1, 0).reshape(8, -1)
+        r1, r2 = np.abs(first).reshape(8, -1).max(1), np.abs(grouped).max(1)
+        np.testing.assert_allclose(r1, r2, rtol=0.01)
+
+
+def test_a_pair_alone_gets_the_root_of_both() -> None:
+    model = made(FORMS["relu"])
+    (one,) = by_weights(model, pairs(model))
+    w, v = (node.inputs[1].const_value.numpy() for node in model.graph if node.op_type == "Conv")
+    r1, r2 = np.abs(w).max((1, 2, 3)), np.abs(v).max((0, 2, 3))
+    np.testing.assert_allclose(one.scale, np.sqrt(r2 / r1), rtol=1e-5)
+
+
+def test_channels_of_zeros_and_even_ones_stay() -> None:
+    model = made(FORMS["relu"])
+    value = next(node for node in model.graph if node.op_type == "Conv").inputs[1]
+    w = value.const_value.numpy().copy()
+    w[3] = 0
+    value.const_value = ir.tensor(w)
+    (one,) = by_weights(model, pairs(model))
+    assert one.scale[3] == 1
+    even = equalize(model, [one])
+    assert by_weights(even, pairs(even)) == []
+
+
+def test_a_target_that_gives_a_weight_one_scale_gains(tmp_path: Path) -> None:
+    path = tmp_path / "tensor.toml"
+    path.write_text(
+        f'extends = "{VNNI}"\nsummary = "one scale a weight"\nverified = "documentation"\nweights = "i8/tensor"\n'
+        '[sources]\nweights = "a test"\n'
+    )
+    target, recorder = load_target(str(path)), Recorder()
+    net = "a = Conv<pads=[1,1,1,1]>(x, w, b) r = Relu(a) y = Conv(r, v)"
+    weights = {
+        "w": normal(8, 16, 3, 3) * UNEVEN[:, None, None, None], "b": normal(8) * UNEVEN,
+        "v": normal(4, 8, 1, 1) / UNEVEN[:, None, None],
+    }  # fmt: skip
+    text = f"(float[1,16,32,32] x) => (float[1,4,32,32] y) {{ {net} }}"
+    model = read_model(graph(text, weights), opset=21)[0]
+    data = [{"x": normal(1, 16, 32, 32)} for _ in range(16)]
+    context = Context(target, Oracle(target, tmp_path), samples_of(data), recorder, threads=1)
+    result = steps.equalize(model, context)
+    before, after = next(step.facts["snr_db"] for step in recorder.steps if step.name == "equalize")
+    assert result is not model
+    assert after > before + 1
 
 
 @pytest.mark.parametrize("name", LEFT_ALONE)

@@ -163,7 +163,7 @@ def test_corrections_are_kept_only_if_samples_not_learnt_from_gain() -> None:
     assert facts["biases"] == 4
     same = all(np.array_equal(run(model, feed)["y"], run(plain_model, feed)["y"]) for feed in net.feeds)
     assert facts["kept"] == (not same)
-    assert after >= before or not facts["kept"]
+    assert after > before + 0.1 or not facts["kept"]
     quantizer.stats.clear()
     quantizer.context.calibration = samples_of(net.feeds[:1])
     assert quantizer.fused()[0].integer, "one sample teaches nothing, and nothing breaks"
