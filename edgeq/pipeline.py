@@ -44,8 +44,9 @@ from edgeq.run.session import open_session, run_session
 from edgeq.run.timing import TimedConfig
 from edgeq.search.settle import Draft, Settled, settle
 from edgeq.source import SourceInfo
+from edgeq.target.detect import elsewhere
 from edgeq.target.oracle import Oracle
-from edgeq.target.record import Target
+from edgeq.target.record import CPU, Provider, Target
 from edgeq.validator import Judge, Validation, latency, refuse_unmeasured, size
 
 HELD_OUT = 0.25  # share of the calibration samples kept for evaluation when none are given
@@ -114,7 +115,9 @@ def export(
         )  # fmt: skip
         after = postprocessing_of(postprocessing, names, _repeated(reference, held_out))
         floats = _floats(source, prepared, reference, judge, context, folder)
-        refuse_unmeasured(wanted.limits(), floats[-1].checks or judge(reference))  # before the long work, not after
+        seen = floats[-1].checks or judge(reference, chosen_target.simulation)
+        timed = not elsewhere(chosen_target)
+        refuse_unmeasured(wanted.limits(), seen, timed=timed)  # before the long work, not after
         feeds = [*take(held_out, TIMED_SAMPLES)]
         settled = settle(floats, prepared.quantizer, judge, feeds, context, folder)
         validation = _validate(settled, floats, judge, held_out, wanted, context)
@@ -122,7 +125,7 @@ def export(
         if dump is not None:
             _dump(Path(dump), source, prepared, settled)
         words = {key: value for key, value in source.metadata_props.items() if value}
-        golden = _golden(settled, held_out)
+        golden = _golden(settled, held_out, chosen_target)
         package = Package(settled.chosen.path, report, golden, held_out.preprocessing, names, words, after)
         written = PACKAGES[form](package, out, force=force)
     place = package_in(written) / "model.onnx" if written.is_dir() else written
@@ -167,7 +170,7 @@ def _floats(
         emit(prepared.model.clone(), context.target, path)
         with context.recorder.step("judge") as facts:
             facts["draft"] = "float prepared"
-            checks = tuple(judge(path))
+            checks = tuple(judge(path, context.target.simulation))
             draft = Draft("float prepared", path, prepared.model, checks=checks, asked=prepared.stored)
         if draft.accurate:
             drafts.append(draft)
@@ -181,6 +184,11 @@ def _validate(
 ) -> Validation:
     """The choice measured once more, longer and beside every float file: what ships is what this says."""
     target, chosen, limits = context.target, settled.chosen, wanted.limits()
+    sizes = size(floats[0].path, chosen.path, limits)
+    if elsewhere(target):
+        with context.recorder.step("validate", len(held_out)):
+            accurate = chosen.checks if chosen.plan is not None else judge(chosen.path)
+        return Validation((*accurate, *sizes), {})
     configs = [TimedConfig(draft.name, draft.path, provider=target.execution) for draft in floats]
     artifact = TimedConfig("artifact", chosen.path, provider=target.execution)
     with context.recorder.step("validate", len(held_out)):
@@ -189,7 +197,7 @@ def _validate(
             configs, artifact, [*take(held_out, TIMED_SAMPLES)], threads=target.threads, limits=limits,
             max_seconds=VALIDATE_SECONDS, seed=context.seed,
         )  # fmt: skip
-    checks = (*accurate, *fast.checks, *size(floats[0].path, chosen.path, limits))
+    checks = (*accurate, *fast.checks, *sizes)
     if chosen.plan is None:
         checks = tuple(map(_against_itself, checks))
     return Validation(checks, fast.timings)
@@ -202,16 +210,17 @@ def _against_itself(check: Check) -> Check:
     return replace(check, limit=None, passed=True, note=f"{check.note}; the float model itself ships")
 
 
-def _repeated(model: Path, samples: Samples) -> Golden:
+def _repeated(model: Path, samples: Samples, provider: Provider = CPU) -> Golden:
     """Some runs of a file, without tolerances."""
-    session, feeds = open_session(model), [*take(samples, GOLDEN_SAMPLES)]
+    session, feeds = open_session(model, provider=provider), [*take(samples, GOLDEN_SAMPLES)]
     return Golden(tuple(feeds), tuple(run_session(session, feed) for feed in feeds), {})
 
 
-def _golden(settled: Settled, held_out: Samples) -> Golden:
+def _golden(settled: Settled, held_out: Samples, target: Target) -> Golden:
     """Runs an installed package must repeat. Another CPU may round elsewhere, but not by more than quantization itself
     errs: the tolerance is the largest distance of the shipped file from float, at least 1e-4 of the output's peak."""
-    shipped, exact = _repeated(settled.chosen.path, held_out), _repeated(settled.best_float.path, held_out)
+    shipped = _repeated(settled.chosen.path, held_out, target.execution)
+    exact = _repeated(settled.best_float.path, held_out)
     tolerances: dict[str, float] = {}
     for output, truth in zip(shipped.outputs, exact.outputs, strict=True):
         for name, array in output.items():

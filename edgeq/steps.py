@@ -10,7 +10,7 @@ import inspect
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from edgeq.context import Context
 from edgeq.errors import RecipeError
 from edgeq.ir import io, verify
 from edgeq.num.fit import METHODS
+from edgeq.num.formats import Int
 from edgeq.num.quant import TENSOR, Coded, Quant, parse_quant
 from edgeq.num.rounding import ROUNDERS
 from edgeq.quantizer import BIASES, LEAST_REDUCTION, Quantizer
@@ -36,6 +37,7 @@ from edgeq.rewrite.smooth import smooth as smooth_model
 from edgeq.rewrite.weights import store_weights, ways_of
 from edgeq.run.samples import split, take
 from edgeq.run.timing import Ratio, TimedConfig, compare, ratio
+from edgeq.target.oracle import Oracle
 
 EQUALIZE_HELD, EQUALIZE_SAMPLES = 0.25, 16  # share of the samples, and how many of them, that judge and don't teach
 EQUAL = 1e-5  # noise-to-signal power up to which two float models are one
@@ -198,18 +200,33 @@ def quantize(
     rounding: str = "nearest",
     bias: str = BIASES[0],
     relief: str = "0",
+    activations: str = "target",
 ) -> Quantizer:
     """Integer weights and activations where the target has kernels. ``ranges``: auto (the model's best), search (or
     each tensor's best for what reads it) or one of `edgeq list methods`.
     ``rounding``: of weights. ``bias``: makes up for rounded weights, or layer by layer (sequential) for all errors
-    before it. ``relief``: dB of noise to take off by leaving the most harmful nodes float."""
+    before it. ``relief``: dB of noise to take off by leaving the most harmful nodes float.
+    ``activations``: their mapping: the target's, or another such as u16/tensor/asym."""
     if ranges not in ("auto", "search", *METHODS):
         raise RecipeError(f"quantize(ranges={ranges}) is not a method", hint="use auto, search, " + ", ".join(METHODS))
     if rounding not in ROUNDERS:
         raise RecipeError(f"quantize(rounding={rounding}) is not known", hint="use " + ", ".join(ROUNDERS))
     if bias not in BIASES:
         raise RecipeError(f"quantize(bias={bias}) is not known", hint="use " + " or ".join(BIASES))
+    if activations != "target":
+        context = _with_activations(context, activations)
     return Quantizer(model, context, ranges, rounding, _decibels(relief), bias)
+
+
+def _with_activations(context: Context, text: str) -> Context:
+    """The same surroundings for a target whose activations are mapped as ``text`` says."""
+    quant = parse_quant(text)
+    if not isinstance(quant.format, Int) or quant.block != TENSOR:
+        raise RecipeError(
+            f"quantize(activations={text}) isn't an integer format with a scale a tensor", hint="use u16/tensor/asym"
+        )
+    target = replace(context.target, activations=quant)
+    return replace(context, target=target, oracle=Oracle(target, context.oracle.path.parents[1]))
 
 
 def _decibels(text: str) -> float:

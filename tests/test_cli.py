@@ -128,7 +128,7 @@ def test_list_and_explain(package: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert told["kernel of MatMul+Add"] == "QGemm"  # as the runtime answers, for neighbours that run as one kernel
     assert told["kernel of MatMul+Add, Q/DQ between"] == "MatMul QLinearMatMul; Add QLinearAdd"
     assert told["kernel of LayerNormalization"].startswith("float: ")
-    assert listed["steps"]["quantize"].endswith("Options: ranges=auto, rounding=nearest, bias=weights, relief=0.")
+    assert listed["steps"]["quantize"].endswith("bias=weights, relief=0, activations=target.")
     for word, told in (("/conv", "Conv, 7 multiply-accumulates: too noisy"), ("kept-float", "the stem stays float")):
         status, out, _ = _run(capsys, "explain", word, "--report", str(package))
         assert (status, told in out) == (0, True)

@@ -55,7 +55,7 @@ def test_every_preset_is_a_recipe(name: str) -> None:
         ("quantize(range=mse)", "step 'quantize' has no option 'range'", "did you mean 'ranges'?"),
         ("smooth(alpha=1)", "step 'smooth' has no option 'alpha'", "it takes none"),
         ("quantize(ranges)", "option 'ranges' of step 'quantize' has no value", "write ranges=VALUE"),
-        ("quantize(=mse)", "step 'quantize' has no option ''", "known: bias, ranges"),
+        ("quantize(=mse)", "step 'quantize' has no option ''", "known: activations, bias, ranges"),
         ("quantize(ranges=mse, ranges=minmax)", "option 'ranges' of step 'quantize' is given twice", "keep one"),
     ],
 )

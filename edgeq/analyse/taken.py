@@ -41,19 +41,21 @@ def read_back(model: ir.Model, plan: Plan, shapes: Shapes, target: Target) -> tu
         for atom in plan.atoms
         if atom not in done and computes(atom)
     ]
-    on_cpu = [name for name, owner in placed.assigned.items() if owner == CPU.name]
-    ends = _ends(model)
+    on_cpu = {name: owner.op for name, owner in placed.assigned.items() if owner.provider == CPU.name}
+    ends = {name for name, op in on_cpu.items() if op in QDQ}
+    if len(ends) > len(own := _ends(model)):  # layout passes may rename those of inputs and outputs
+        ends &= own
     movers = sum(found[atom.name].kind == "mover" for atom in done)
     summary = Coverage(
         integer_macs_share=sum(work[atom.name] for atom in done) / max(sum(work.values()), 1),
         integer_nodes=len(done) - movers,
         mover_nodes=movers,
         float_nodes=len(islands),
-        boundary_qdq=sum(name in ends for name in on_cpu),
+        boundary_qdq=len(ends),
         float_islands=tuple(sorted(islands, key=lambda island: -island.macs)),
         unexplained=tuple(name for name in on_cpu if name not in ends),
         kernels=dict(Counter(kernel.op for kernel in placed.kernels or ())),
-        providers=dict(Counter(placed.assigned.values())),
+        providers=dict(Counter(owner.provider for owner in placed.assigned.values())),
     )
     return summary, {name: found[name].reason for name in lost}
 

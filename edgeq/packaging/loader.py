@@ -7,6 +7,7 @@ and the fastest is remembered with the time stamps of its files; later starts on
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import os
 import statistics
@@ -123,7 +124,9 @@ def _check_machine(folder: Path, needs: dict[str, Any]) -> None:
     info = Path("/proc/cpuinfo")  # elsewhere the golden runs alone must tell
     flags = info.read_text().split() if info.exists() else "|".join(needs["isa"]).split("|")
     missing = [word for word in needs["isa"] if not set(word.split("|")) & set(flags)]
-    missing += {needs["provider"]} - set(ort.get_available_providers())
+    provider, plugin = needs["provider"], needs.get("library")  # plugin: a Python module that ships the provider
+    missing += [] if plugin or provider in ort.get_available_providers() else [provider]
+    missing += [f"the Python module {plugin}"] if plugin and importlib.util.find_spec(plugin) is None else []
     if [int(part) for part in ort.__version__.split(".")[:2]] < [int(part) for part in needs["onnxruntime"].split(".")]:
         missing.append(f"onnxruntime >= {needs['onnxruntime']}, found {ort.__version__}")
     if missing:
@@ -135,7 +138,21 @@ def _open(folder: Path, variant: dict[str, Any], threads: int) -> ort.InferenceS
     options.intra_op_num_threads = threads
     for key, value in variant["session"].items():
         options.add_session_config_entry(key, value)
-    return ort.InferenceSession(folder / variant["model"], options, providers=[variant["requires"]["provider"]])
+    needs = variant["requires"]
+    provider, plugin = needs["provider"], needs.get("library")  # plugin: a Python module that ships the provider
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    named = {"providers": [(provider, needs.get("options", {}))]}
+    if plugin:
+        if all(device.ep_name != provider for device in ort.get_ep_devices()):
+            library = importlib.import_module(plugin).get_library_path()
+            ort.register_execution_provider_library(provider, library)
+        devices = [device for device in ort.get_ep_devices() if device.ep_name == provider]
+        options.add_provider_for_devices(devices, needs["options"])
+        named = {}
+    session = ort.InferenceSession(folder / variant["model"], options, **named)
+    if all(part.ep_name != provider for part in session.get_provider_graph_assignment_info()):
+        raise RuntimeError(f"{folder} would run on the CPU here: {provider} took no node of it")
+    return session
 
 
 def _check_golden(folder: Path, session: ort.InferenceSession, golden: dict[str, Any], file: str) -> Callable[[], Any]:

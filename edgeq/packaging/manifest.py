@@ -82,6 +82,7 @@ def _variant(variant: Variant, model: str, golden: dict[str, Any], folder: Path)
         "requires": {
             "onnxruntime": OLDEST_RUNTIME,
             "provider": target.get("provider", "CPUExecutionProvider"),
+            **{key: target[key] for key in ("library", "options") if target.get(key)},
             "isa": _needed_isa(variant.report),
             "opset": io.read(folder / model).opset_imports[""],
         },

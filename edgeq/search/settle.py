@@ -29,6 +29,7 @@ from edgeq.report.record import Check, Coverage
 from edgeq.run.record import Feed
 from edgeq.run.timing import Ratio, TimedConfig, compare, ratio
 from edgeq.steps import equalize
+from edgeq.target.detect import elsewhere
 
 ENOUGH_DB = 40.0  # of SNR: a hundredth of the amplitude; a recipe's relief takes nothing off below
 MORE_DB = (0, 2, 4)  # a relieved draft may still miss a limit by a sample or two; then a little more is relieved
@@ -86,18 +87,42 @@ def settle(
     """Choose among ``floats`` and what ``quantizer`` can make. ``folder`` receives the candidates' files."""
     drafts = _integer_drafts(quantizer, judge, context, folder) if quantizer is not None else []
     accurate = [draft for draft in drafts if draft.accurate]
-    with context.recorder.step("race") as facts:
-        ratios, best_float = _race(list(floats), accurate, feeds, context)
-        facts["candidates"] = len(floats) + len(accurate)
-    proven = [draft for draft in accurate if all(r.high < 1 for r in ratios[draft.name])]
+    ratios, best_float, proven = _proven(list(floats), accurate, feeds, context)
     unproven = next((draft for draft in floats if draft.asked), best_float)
     proven = [draft for draft in proven if draft.relieved] or proven
-    chosen = min(proven, key=lambda draft: _mean(ratios[draft.name]), default=unproven)
+    chosen = min(proven, key=lambda draft: _cost(draft, ratios), default=unproven)
     rows = [_row(draft, ratios.get(draft.name), chosen, best_float) for draft in (*floats, *drafts)]
     if quantizer is not None and chosen is unproven:
         context.recorder.warn("float-ships", _why_float(drafts, accurate))
     quantizers = [draft.quantizer for draft in (chosen, *reversed(drafts)) if draft.quantizer is not None]
     return Settled(chosen, best_float, tuple(rows), quantizers[0] if quantizers else quantizer)
+
+
+def _proven(
+    floats: list[Draft], accurate: list[Draft], feeds: Sequence[Feed], context: Context
+) -> tuple[dict[str, list[Ratio]], Draft, list[Draft]]:
+    """Ratios by draft, the best float file, and the drafts that may ship: those that are faster at every thread count.
+
+    Where this machine isn't the device nothing is timed: an emulator's or another CPU's clock proves nothing. What is
+    accurate may ship then, and the report says so."""
+    away = elsewhere(context.target)
+    if away:
+        context.recorder.warn(
+            "not-a-device", f"{away}: no latency was measured, and what has most of its work in integers ships"
+        )
+        return {}, floats[-1], accurate
+    with context.recorder.step("race") as facts:
+        ratios, best_float = _race(floats, accurate, feeds, context)
+        facts["candidates"] = len(floats) + len(accurate)
+    return ratios, best_float, [draft for draft in accurate if all(r.high < 1 for r in ratios[draft.name])]
+
+
+def _cost(draft: Draft, ratios: Mapping[str, Sequence[Ratio]]) -> tuple[float, ...]:
+    """What the choice minimises: the latency ratio or, where none was measured, work and nodes left in float, noise."""
+    if draft.name in ratios:
+        return (_mean(ratios[draft.name]),)
+    seen = draft.coverage
+    return (-seen.integer_macs_share, seen.float_nodes, -_snr(draft)) if seen is not None else ()
 
 
 def _integer_drafts(quantizer: Quantizer, judge: Judge, context: Context, folder: Path) -> list[Draft]:
@@ -118,12 +143,13 @@ def _whole_drafts(quantizer: Quantizer, suffix: str, judge: Judge, context: Cont
     if first is None:
         context.recorder.warn("nothing-to-quantize", "no node of this model has an integer kernel worth its Q/DQ")
         return []
-    if first.plan is not None:
+    second = None
+    if first.plan is not None and not elsewhere(context.target):
         quantizer.learn_costs(first.plan, first.model)
-    second = _draft(f"int8 where this machine gains{suffix}", quantizer, context, folder)
+        second = _draft(f"int8 where this machine gains{suffix}", quantizer, context, folder)
     made = [first] if second is None or _same(first, second) else [first, second]
     drafts = [_judged(draft, judge, context) for draft in made]
-    if _any_accurate(drafts):
+    if _any_accurate(drafts) or context.target.whole:
         return drafts
     third = _draft(f"int8 where weights are{suffix}", quantizer, context, folder, _without_weights(quantizer))
     if third is not None and not any(_same(third, draft) for draft in drafts):
@@ -279,9 +305,11 @@ def _row(draft: Draft, ratios: Sequence[Ratio] | None, chosen: Draft, best_float
     elif not draft.accurate:
         failed = [check for check in draft.checks if not check.passed]
         why = "; ".join(f"{check.name} is {check.value:.4g}, limit {check.limit:.4g}" for check in failed)
+    elif ratios is None:
+        why = "another has more of its work in integers, or less noise"
     elif draft.plan is None:
         why = "the best float file" if draft is best_float else "not the fastest float file"
-    elif ratios is not None and any(r.high >= 1 for r in ratios):
+    elif any(r.high >= 1 for r in ratios):
         why = "not proven faster than the best float file"
     elif chosen.relieved and not draft.relieved:
         why = "accurate and faster than float, but with more noise than the recipe asks for"

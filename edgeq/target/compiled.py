@@ -19,7 +19,7 @@ def compiled_verdicts(asked: Question, target: Target) -> tuple[Verdict, ...]:
     if isinstance(placed, str):
         return tuple(Verdict("float", node.op_type, f"the runtime refuses it: {placed}") for node in asked.nodes)
     verdicts = tuple(verdict(node, f"n{index}", placed, target) for index, node in enumerate(asked.nodes))
-    if not wrong or target.provider not in placed.assigned.values():
+    if not wrong or all(owner.provider != target.provider for owner in placed.assigned.values()):
         return verdicts
     return tuple(Verdict("float", verdict.kernel, f"{verdict.kernel} {wrong}") for verdict in verdicts)
 

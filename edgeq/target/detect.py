@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 
 from edgeq.errors import TargetError
+from edgeq.target.record import Target
 
 CPUINFO = Path("/proc/cpuinfo")
 
@@ -94,3 +95,11 @@ def local_name() -> str:
 def missing_isa(needed: tuple[str, ...], flags: frozenset[str]) -> tuple[str, ...]:
     """The entries of a target's ``isa`` this CPU lacks. ``a|b`` is met by either flag."""
     return tuple(entry for entry in needed if flags.isdisjoint(entry.split("|")))
+
+
+def elsewhere(target: Target) -> str:
+    """Why a latency measured here says nothing of the target's device; "" when this machine is one."""
+    if machine() in target.emulator:
+        return f"on {machine()} machines {target.library or target.provider} emulates the device of {target.name!r}"
+    lacking = missing_isa(target.isa, cpu_flags())
+    return f"this CPU lacks {', '.join(lacking)}, which target {target.name!r} needs" if lacking else ""

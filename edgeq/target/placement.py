@@ -15,10 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from edgeq.target.isolated import call
-from edgeq.target.provider import assigned, first_line, open_on, runtime_errors
+from edgeq.target.provider import Owner, assigned, first_line, open_on, runtime_errors
 from edgeq.target.record import Provider
-
-QDQ = ("QuantizeLinear", "DequantizeLinear")
 
 
 @dataclass(frozen=True)
@@ -32,17 +30,16 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Placement:
-    """``assigned``: node -> provider, of the graph as it was partitioned: fusions and layout passes have run.
-    ``kernels``: of the provider's own graphs, None where it tells nothing of them. ``outputs``: of a run with the feed
-    that was given, or the first line of why it failed."""
+    """``assigned``: node -> its owner. ``kernels``: of the provider's own graphs, None where it tells nothing of them.
+    ``outputs``: of a run with the feed that was given, or the first line of why it failed."""
 
-    assigned: Mapping[str, str]
+    assigned: Mapping[str, Owner]
     kernels: tuple[Kernel, ...] | None = None
     outputs: list[Any] | str = ""
 
     def provider_of(self, node: str) -> str:
         """Who runs a node of the model; "" when the runtime's own passes did away with it."""
-        return next((owner for name, owner in self.assigned.items() if plain(name) == node), "")
+        return next((owner.provider for name, owner in self.assigned.items() if plain(name) == node), "")
 
     def kernels_of(self, node: str) -> list[Kernel]:
         """The kernels that compute a node; empty when it is part of its neighbour's."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -117,16 +118,23 @@ def _add_plugin(options: Any, provider: Provider) -> None:
     options.add_provider_for_devices(devices, dict(provider.options))
 
 
-def assigned(session: Any) -> dict[str, str]:
-    """Node of the graph that was partitioned -> name of the provider that runs it; "" stands for all without a name."""
-    return {
-        node.name: part.ep_name for part in session.get_provider_graph_assignment_info() for node in part.get_nodes()
-    }
+@dataclass(frozen=True)
+class Owner:
+    """Who runs a node of the graph as it was partitioned: after fusions and layout passes."""
+
+    provider: str
+    op: str
+
+
+def assigned(session: Any) -> dict[str, Owner]:
+    """Node -> its owner, as the runtime tells; nodes without a name are one."""
+    parts = session.get_provider_graph_assignment_info()
+    return {node.name: Owner(part.ep_name, node.op_type) for part in parts for node in part.get_nodes()}
 
 
 def check_taken(session: Any, provider: Provider) -> None:
     """RuntimeUnavailableError when the CPU got every node, which the runtime doesn't call an error."""
-    if provider.name != CPU.name and provider.name not in assigned(session).values():
+    if provider.name != CPU.name and all(owner.provider != provider.name for owner in assigned(session).values()):
         told = ", ".join(f"{key}={value}" for key, value in provider.options.items())
         raise RuntimeUnavailableError(
             f"{provider.name} took no node: all of the model would run on the CPU (options: {told or 'none'})",

@@ -95,10 +95,14 @@ def validate(
     return Validation(checks, fast.timings)
 
 
-def refuse_unmeasured(limits: Limits, accurate: Sequence[Check]) -> None:
-    """UsageError for a limit on what neither the accuracy checks nor speed and size measure: it would never fail."""
-    measured = [*(check.name for check in accurate), *SPEED_CHECKS, *SIZE_CHECKS]
+def refuse_unmeasured(limits: Limits, accurate: Sequence[Check], *, timed: bool = True) -> None:
+    """UsageError for a limit on what neither the accuracy checks nor speed (if it is ``timed``) and size measure: it
+    would never fail."""
+    measured = [*(check.name for check in accurate), *(SPEED_CHECKS if timed else ()), *SIZE_CHECKS]
     for name in limits:
         if name not in measured:
             hint = "give labels with -e, or a --metric that needs none" if name == "top1_drop" else ""
+            hint = (
+                "latency is measured on the device alone: validate the package there" if name in SPEED_CHECKS else hint
+            )
             raise UsageError(f"limit on {name!r}, which isn't measured here", hint=hint or did_you_mean(name, measured))

@@ -44,6 +44,8 @@ WORST = {"snr_db": -np.inf, "cosine": -np.inf, "max_abs": np.inf}  # of outputs 
 class Judge:
     """Compares artefacts with one reference on one set of samples; a call is one artefact -> its accuracy checks.
 
+    The reference runs on the CPU, in its own float format, whatever ``provider`` the artefacts run on.
+
     A custom metric ``fn(values, label) -> float`` gets a sample's inputs and outputs by name and its label (None
     without labels); higher is better. With an attribute ``corpus = True`` it is called once as ``fn(list of values,
     list of labels)``; its interval is a jackknife in 20 parts, which unlike a bootstrap repeats no sample (repeats
@@ -65,7 +67,9 @@ class Judge:
         self.samples = samples
         self._metric = metric
         self._settings: dict[str, Any] = {"threads": threads, "provider": provider}
-        self._session = open_session(reference, **self._settings)
+        self._session = open_session(
+            reference, threads=threads, provider=provider if provider.name == CPU.name else CPU
+        )
         self._outputs = [spec.name for spec in output_specs(self._session)]
         self._kept: dict[int, Feed] = {}
         self._kept_bytes = 0
@@ -76,9 +80,11 @@ class Judge:
         self._given = self._on_accuracy(limits or {})
         self._limits = self._given or self._default_limits()
 
-    def __call__(self, artifact: Path) -> tuple[Check, ...]:
-        """Accuracy checks of one file. ModelError when it lacks an output of the reference."""
-        session = open_session(artifact, **self._settings)
+    def __call__(self, artifact: Path, provider: Provider | None = None) -> tuple[Check, ...]:
+        """Accuracy checks of one file, on ``provider`` where one is given, else on the judge's. ModelError when it has
+        not all outputs of the reference."""
+        settings = self._settings if provider is None else {**self._settings, "provider": provider}
+        session = open_session(artifact, **settings)
         _same_outputs(self._outputs, session, artifact)
         values: dict[tuple[str, str], list[float]] = defaultdict(list)  # (metric, output) -> one value a sample
         expected, found = Scores(self._score), Scores(self._score)

@@ -1,0 +1,263 @@
+"""Qualcomm's NPU on the emulator that the provider's x86-64 library is: sessions, verdicts, whole exports.
+
+What the emulator computes is judged by float on the CPU; what ran where is asked of the runtime, never of edgeq.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import edgeq
+from edgeq.errors import ModelError, RuntimeUnavailableError, SampleError, TargetError, UsageError
+from edgeq.report.record import Report
+from edgeq.run.session import open_session, run_session
+from edgeq.target import isolated
+from edgeq.target.load import load_target
+from edgeq.target.oracle import Oracle
+from edgeq.target.patterns import table
+from edgeq.target.provider import assigned, open_on
+from tests import small_net
+from tests.graphs import graph
+from tests.zoo import ZOO
+from tests.zoo.packages import data, float_model
+from tests.zoo.score import metric_value, run
+
+pytestmark = pytest.mark.qnn
+
+TARGET = "npu-qnn-v75"
+PROVIDER = "QNNExecutionProvider"
+WIDE = "canonicalize; quantize(activations=u16/tensor/asym)"
+RECIPES = {"a8w8": "canonicalize; quantize", "a16w8": WIDE}
+
+
+@pytest.fixture(autouse=True)
+def emulator() -> None:
+    """Skip where there is no emulator; in CI, where there must be one, fail."""
+    if importlib.util.find_spec("onnxruntime_qnn") is None:
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)("onnxruntime-qnn is missing: make venv")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("small")
+    small_net.write(folder)
+    return folder
+
+
+def export(folder: Path, out: Path, **settings: object) -> Report:
+    wanted = {"target": TARGET, "recipe": "canonicalize; quantize", "max_drop": 0.05, **settings}
+    return edgeq.export(
+        folder / "net.onnx", out=out, calibration=str(folder / "calibration.npz"),
+        evaluation=str(folder / "evaluation.npz"), **wanted,
+    )  # type: ignore[arg-type]  # fmt: skip
+
+
+def on_cpu(path: Path) -> Counter[str]:
+    """Op types that the runtime gives to the CPU when it opens ``path`` for the target, asked here and now."""
+    session = open_on(path, load_target(TARGET).execution, {})
+    return Counter(owner.op for owner in assigned(session).values() if owner.provider != PROVIDER)
+
+
+@pytest.mark.parametrize("formats", RECIPES)
+def test_export_runs_whole_on_the_npu(files: Path, tmp_path: Path, formats: str) -> None:
+    report = export(files, tmp_path / "net.edgeq", recipe=RECIPES[formats])
+    assert report.passed and report.coverage is not None and report.artifact is not None
+    assert report.coverage.integer_macs_share == 1.0
+    assert (report.coverage.float_nodes, report.coverage.unexplained) == (0, ())
+    assert report.coverage.kernels["Conv2d"] >= 3
+    assert on_cpu(Path(report.artifact.path)) == {"QuantizeLinear": 1, "DequantizeLinear": 1}
+    assert {notice.code for notice in report.notices} >= {"not-a-device"}
+    assert report.latency == {}, "an emulator's clock is nobody's latency"
+    assert not [check.name for check in report.checks if "latency" in check.name or check.name.endswith("_ms")]
+    codes = {row["format"].split("/")[0] for row in report.layers}
+    assert codes == ({"u16"} if formats == "a16w8" else {"u8"})
+
+
+def test_16_bit_activations_are_more_exact(files: Path, tmp_path: Path) -> None:
+    narrow, wide = (
+        export(files, tmp_path / f"{name}.edgeq", recipe=recipe).check("snr_db").value
+        for name, recipe in RECIPES.items()
+    )
+    assert wide > narrow + 6  # of 8 bits more the weights' own rounding leaves some
+
+
+def test_package_opens_with_its_own_loader_on_the_npu(files: Path, tmp_path: Path) -> None:
+    export(files, tmp_path / "net.edgeq")
+    code = (
+        f"import runpy, numpy; session = runpy.run_path({str(tmp_path / 'net.edgeq/load.py')!r})['load']()\n"
+        "print(session.get_providers()[0], session.run(None, {'image': numpy.zeros((1, 3, 32, 32), 'f4')})[0].shape)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"{PROVIDER} (1, 10)"
+    without = subprocess.run(
+        [sys.executable, "-c", f"import importlib.util; importlib.util.find_spec = lambda name: None\n{code}"],
+        capture_output=True, text=True, check=False, env={**os.environ, "EDGEQ_STATE": str(tmp_path / "first start")},
+    )  # fmt: skip
+    assert "this machine lacks the Python module onnxruntime_qnn" in without.stderr
+
+
+def test_limit_on_latency_is_refused_on_an_emulator(files: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="limit on 'latency_ms', which isn't measured here") as error:
+        export(files, tmp_path / "net.edgeq", max_latency_ms=5.0)
+    assert "device" in error.value.hint
+
+
+def test_shapes_that_differ_are_an_error(tmp_path: Path) -> None:
+    edgeq.ir.io.write(graph("(float[1,3,H,8] x) => (float[1,3,H,8] y) { y = Relu(x) }"), tmp_path / "net.onnx")
+    np.savez(tmp_path / "one.npz", x=np.zeros((2, 3, 8, 8), np.float32))
+    with pytest.raises(UsageError, match="takes fixed shapes only"):
+        edgeq.export(tmp_path / "net.onnx", target=TARGET, calibration="tests.test_qnn:two_shapes", out=tmp_path / "o")
+
+
+def two_shapes() -> list[dict[str, np.ndarray]]:
+    return [{"x": np.ones((1, 3, height, 8), np.float32)} for height in (8, 16)]
+
+
+# --- what providers don't check -------------------------------------------------------------------------------------
+
+
+def extended(folder: Path, soc: str, more: str = "") -> str:
+    path = folder / "mine.toml"
+    path.write_text(
+        f'extends = "{TARGET}"\nsummary = "x"\nverified = "documentation"\n[options]\nsoc_model = "{soc}"\n{more}'
+    )
+    return str(path)
+
+
+def test_unknown_soc_is_an_error_that_names_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(TargetError, match=r"options.soc_model is '9999', which isn't known here") as error:
+        load_target(extended(tmp_path, "9999"))
+    assert error.value.hint == "known: 57 (SM8650, Snapdragon 8 Gen 3)"
+
+
+def test_soc_the_library_refuses_is_no_silent_run_on_the_cpu(files: Path, tmp_path: Path) -> None:
+    target = load_target(extended(tmp_path, "9999", '[choices]\nsoc_model = {9999 = "made up"}\n'))
+    silent = open_on(files / "net.onnx", target.execution, {"log_severity_level": 4})
+    assert PROVIDER in silent.get_providers(), "the runtime says it is there"
+    assert {owner.provider for owner in assigned(silent).values()} == {"CPUExecutionProvider"}
+    with pytest.raises(RuntimeUnavailableError, match="took no node: all of the model would run on the CPU") as error:
+        open_session(files / "net.onnx", provider=target.execution)
+    assert "soc_model=9999" in error.value.message
+
+
+# --- the process of its own -----------------------------------------------------------------------------------------
+
+
+def test_process_that_dies_is_an_error_and_the_next_call_starts_another() -> None:
+    provider = load_target(TARGET).execution
+    network = graph("(float[1,4] x) => (float[1,4] y) { y = Relu(x) }")
+    session = open_session(network, provider=provider)
+    feed = {"x": np.array([[-1, 0, 1, 2]], np.float32)}
+    expected = run_session(session, feed)["y"]
+    np.testing.assert_allclose(expected, [[0, 0, 1, 2]], atol=1e-3)  # f16 inside
+    os.kill(isolated._RUNNING[0].child.pid, signal.SIGKILL)
+    with pytest.raises(RuntimeUnavailableError, match="the process of the provider ended with signal 9"):
+        run_session(session, feed)
+    np.testing.assert_array_equal(run_session(open_session(network, provider=provider), feed)["y"], expected)
+
+
+def test_session_refuses_as_one_on_the_cpu_does() -> None:
+    provider = load_target(TARGET).execution
+    session = open_session(graph("(float[1,4] x) => (float[1,4] y) { y = Relu(x) }"), provider=provider)
+    for feed in ({}, {"x": np.zeros((1, 5), np.float32)}):
+        with pytest.raises(SampleError) as error:
+            run_session(session, feed)
+        assert error.value.hint == "the inputs are: x float32[1, 4]"
+    with pytest.raises(ModelError, match="No Op registered for Foo"):
+        open_session(graph("(float[1,4] x) => (float[1,4] y) { y = Foo(x) }"), provider=provider)
+
+
+# --- the oracle -----------------------------------------------------------------------------------------------------
+
+
+def test_verdicts_come_from_what_the_npu_compiled(tmp_path: Path) -> None:
+    """Kernels, data movers, float kernels of the NPU and nodes it leaves to the CPU are told apart."""
+    target = load_target(TARGET)
+    oracle = Oracle(target, tmp_path)
+    answers = {row.pattern: row.verdicts for row in table(target, oracle)}
+    kinds = {pattern: (verdicts[0].kind, verdicts[0].kernel) for pattern, verdicts in answers.items()}
+    assert kinds["Conv"] == ("integer", "Conv2d")
+    assert kinds["Conv depthwise"] == ("integer", "DepthWiseConv2d")
+    assert kinds["Gemm"] == ("integer", "FullyConnected")
+    assert kinds["HardSwish"] == ("integer", "ElementWiseNeuron")
+    assert kinds["Reshape"] == ("mover", "Reshape")
+    assert kinds["Conv, float out"] == ("float", "Conv2d")
+    assert answers["Erf"][0].reason == f"{PROVIDER} doesn't take Erf: it runs on the CPU"
+    assert {verdict.kind for verdict in answers["Conv+Clip"]} == {"integer"}
+    assert "onnxruntime-qnn" in oracle.path.name, "answers are kept by the plug-in's version too"
+    again = Oracle(target, tmp_path)
+    assert [row.verdicts for row in table(target, again)] == list(answers.values())
+    assert again.sessions == 0
+
+
+@pytest.mark.parametrize("name", [f"npu-qnn-v{arch}" for arch in (73, 75, 79, 81)])
+def test_listed_ops_have_kernels(name: str) -> None:
+    """``quantized`` and ``through`` are what the emulator takes, 16-bit codes included."""
+    target = load_target(name)
+    kinds: dict[str, set[str]] = {}
+    for row in table(target):
+        for op, verdict in zip(row.ops, row.verdicts, strict=True):
+            kinds.setdefault(op, set()).add(verdict.kind)
+    assert [op for op in target.quantized if "integer" not in kinds.get(op, set())] == []
+    assert [op for op in target.through if "mover" not in kinds.get(op, set())] == []
+
+
+# --- real models ----------------------------------------------------------------------------------------------------
+
+SAMPLES = 20
+SIDE = 192  # of the detector's crops: a whole page takes the emulator 20 s in 16 bits
+
+
+def pages(kind: str) -> list[dict[str, np.ndarray]]:
+    """Crops of drawn pages, one a page, all of one shape."""
+    whole = data(ZOO["OCR4d"].evaluation if kind == "evaluation" else ZOO["OCR4d"].calibration, SAMPLES)
+    return [{"x": np.ascontiguousarray(page["x"][:, :, 40 : 40 + SIDE, 40 : 40 + SIDE])} for page in whole]
+
+
+def calibration_pages() -> list[dict[str, np.ndarray]]:
+    return pages("calibration")
+
+
+def evaluation_pages() -> list[dict[str, np.ndarray]]:
+    return pages("evaluation")
+
+
+@pytest.mark.parametrize("formats", RECIPES)
+@pytest.mark.parametrize("name", ["EFL0", "BFf", "OCR4d"])
+def test_zoo_model_runs_whole_on_the_npu_and_keeps_its_accuracy(
+    name: str, formats: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGEQ_ZOO_CALIBRATION", "16")
+    monkeypatch.setenv("EDGEQ_ZOO_EVALUATION", str(SAMPLES))
+    entry, crops = ZOO[name], name == "OCR4d"
+    report = edgeq.export(
+        float_model(name), target=TARGET, recipe=RECIPES[formats], out=tmp_path / "model.edgeq",
+        calibration="tests.test_qnn:calibration_pages" if crops else entry.calibration,
+        evaluation="tests.test_qnn:evaluation_pages" if crops else entry.evaluation,
+        metric=None if crops else entry.metric,
+    )  # fmt: skip
+    assert report.artifact is not None and report.coverage is not None
+    assert report.coverage.integer_macs_share == 1.0
+    assert set(on_cpu(Path(report.artifact.path))) <= {"QuantizeLinear", "DequantizeLinear"}
+    graph_ends = len(report.artifact.inputs) + len(report.artifact.outputs)
+    assert on_cpu(Path(report.artifact.path)).total() <= graph_ends
+    samples = evaluation_pages() if crops else list(data(entry.evaluation, SAMPLES))
+    expected, labels = run(float_model(name), samples)
+    session = open_session(Path(report.artifact.path), provider=load_target(TARGET).execution)
+    found = [run_session(session, {k: v for k, v in sample.items() if k != "label"}) for sample in samples]
+    if crops:  # judged by what the map says is ink, as float says it
+        ink = [np.array([next(iter(one.values())) > 0.3 for one in side]) for side in (expected, found)]
+        assert (ink[0] != ink[1]).mean() <= (0.01 if formats == "a16w8" else 0.02)
+        return
+    drop = metric_value(entry.metric, expected, labels) - metric_value(entry.metric, found, labels)
+    assert drop <= (0.01 if formats == "a16w8" else 0.05)
