@@ -19,6 +19,7 @@ pytestmark = pytest.mark.slow
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 DESK, PHONE = 1280, 390  # pixels of width
+SECONDS = 180  # until a page is drawn: 41 were seen on two cores with twenty processes, few on idle ones
 PAGES = ("report", "advice", "every part")
 # Shapes that plotly draws values with, by the figure's id; an empty plot has axes too.
 MARKS = {
@@ -61,6 +62,7 @@ def opened(browser: Any, pages: dict[str, Path]) -> Iterator[Any]:
     """``opened(name, width)`` -> the page with its figures drawn; what went wrong in it fails the test at its end."""
     wrong: list[str] = []
     context = browser.new_context(offline=True)
+    context.set_default_timeout(SECONDS * 1000)
 
     def show(name: str, width: int = DESK) -> Any:
         page, address = context.new_page(), pages[name].as_uri()
