@@ -41,7 +41,10 @@ qemu:  ## CPUs this one isn't, for tests/test_saturation.py; in CI (CI=true) tho
 		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq qemu-user; \
 	else echo "no qemu-x86_64, and no apt-get or root to install it: install qemu-user to test under emulation"; fi
 
-browser:  ## a Chromium for tests/test_pages.py; in CI (CI=true) those tests fail without it
+browser:  ## Chromium and npm for tests/test_pages.py and test_web.py; in CI (CI=true) those tests fail without them
+	@command -v npm >/dev/null || if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq nodejs npm; \
+	else echo "no npm, and no apt-get or root to install it: install it to test web packages"; fi
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || \
 	if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
 		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium; \

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -16,6 +20,23 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 def _own_numbers(request: pytest.FixtureRequest) -> None:
     """No test's numbers depend on which tests ran before it."""
     graphs.start_test(request.node.nodeid)
+
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A headless Chromium; in CI, where there must be one, a test fails without it."""
+    from playwright.sync_api import sync_playwright
+
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if found is None:
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)("no Chromium: make browser")
+    with sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=found)
+        yield chromium
+        chromium.close()
 
 
 @pytest.fixture(autouse=True)

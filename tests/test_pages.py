@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,6 @@ from tests.test_report import FULL
 
 pytestmark = pytest.mark.slow
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 DESK, PHONE = 1280, 390  # pixels of width
 SECONDS = 180  # until a page is drawn: 41 were seen on two cores with twenty processes, few on idle ones
 PAGES = ("report", "advice", "every part")
@@ -29,20 +26,6 @@ MARKS = {
 SIZES = "all => all.map((one) => one.getBoundingClientRect()).map((box) => Math.max(box.width, box.height))"
 BEYOND = """all => all.filter((one) => !one.closest(".scroll") && one.getBoundingClientRect().right > innerWidth + 1)
     .map((one) => one.outerHTML.slice(0, 80))"""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """A headless Chromium; in CI, where there must be one, a test fails without it."""
-    from playwright.sync_api import sync_playwright
-
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if found is None:
-        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)("no Chromium: make browser")
-    with sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=found)
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture(scope="module")

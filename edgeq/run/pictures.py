@@ -76,7 +76,8 @@ def _taps(found: int, size: int, name: str) -> tuple[Any, Any]:
     last = np.minimum((centre + reach * stretch + 0.5).astype(np.int64), found)
     at = first[:, None] + np.arange(max(last - first))
     parts = np.where(at < last[:, None], weight((at - centre[:, None] + 0.5) / stretch), 0.0)
-    parts = parts / parts.sum(1, keepdims=True) * (1 << PRECISION)
+    sums = np.cumsum(parts, 1)[:, -1:]  # in order, as any language adds them
+    parts = parts / sums * (1 << PRECISION)
     return first, np.trunc(parts + np.copysign(0.5, parts)).astype(np.int32)
 
 
