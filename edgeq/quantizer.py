@@ -34,7 +34,8 @@ from edgeq.run.record import Samples
 from edgeq.run.samples import split, take
 from edgeq.target.record import CPU
 
-SENSITIVITY_SAMPLES = 32
+SENSITIVITY_SAMPLES, FEWEST_SAMPLES = 32, 4
+SENSITIVITY_MACS = 10**13  # some minutes; asking about an atom costs half of the model on each sample
 REFINE_SAMPLES = 8
 RANGE_SAMPLES = 16
 TOLD_DB = 40.0  # SNR up to which few samples tell methods apart; 16 of Magika, 66 dB each, hold nothing that is cut
@@ -281,9 +282,14 @@ class Quantizer:
         return Job(
             self.model, plan, encodings, insert_qdq,
             segments(self.model, self.atoms, self.shapes, self.costs.float_ns),
-            take(self.context.calibration, SENSITIVITY_SAMPLES), self.context.target, self.context.threads,
+            take(self.context.calibration, self._sensitivity_samples(plan)), self.context.target, self.context.threads,
             self.context.store,
         )  # fmt: skip
+
+    def _sensitivity_samples(self, plan: placement.Plan) -> int:
+        """How many samples each atom is asked about: fewer of a large model, whose samples hold many positions."""
+        macs = sum(map(self.work, self.atoms)) * len(plan.integer) // 2
+        return min(max(SENSITIVITY_MACS // max(macs, 1), FEWEST_SAMPLES), SENSITIVITY_SAMPLES)
 
     def _row(
         self, atom: placement.Atom, job: Job, alone: Noise, restored: Noise | None, every: Noise | None

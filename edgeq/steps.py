@@ -67,7 +67,7 @@ def smooth(model: ir.Model, context: Context) -> ir.Model:
         return model
     with context.recorder.step("smooth") as facts:
         found = smoothing.search(model, context.calibration, context.target, threads=context.threads)
-        facts["tensors"] = len(found)
+        facts.update(tensors=len(found), rows=sum(one.rows for one in found))
         if found:
             facts["gain_db"] = round(sum(s.after_db - s.before_db for s in found) / len(found), 1)
     result = smooth_model(model, found)

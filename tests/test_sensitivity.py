@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from edgeq import quantizer as quantizing
+from edgeq import steps
 from edgeq.analyse import sensitivity as measuring
 from edgeq.analyse.blame import blame
 from edgeq.analyse.layers import layers, worst
@@ -26,13 +28,16 @@ from edgeq.analyse.sensitivity import (
 )
 from edgeq.analyse.store import Store
 from edgeq.cli import main
+from edgeq.context import Context
 from edgeq.report import html
 from edgeq.report.codec import from_json
+from edgeq.report.recorder import Recorder
 from edgeq.rewrite.qdq import insert_qdq
+from edgeq.source import read_model
 from tests import small_net
 from tests.bench.sensitivity import measure
-from tests.graphs import normal
-from tests.placed import VNNI, Placed, placed, run, samples_of
+from tests.graphs import graph, normal, random_feed
+from tests.placed import VNNI, Placed, all_integer, oracle_of, placed, run, samples_of
 
 POINT = "Conv<kernel_shape=[1,1]>"
 BLOCK = (
@@ -278,3 +283,16 @@ def test_a_real_model_is_measured_as_in_the_plain_way() -> None:
     assert alone.most_apart_db < 0.05
     assert restored.median_apart_db < 0.01
     assert restored.most_apart_db < 0.3
+
+
+def test_large_models_are_asked_on_fewer_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three products of 8 * 8 * 36 take half of 3 * 6912 multiplications a sample; so many samples fit in a budget."""
+    model = read_model(graph(BLOCK, WEIGHTS), opset=21)[0]
+    feeds = [random_feed(model) for _ in range(40)]
+    context = Context(placed(model, feeds=feeds[:2]).target, oracle_of(VNNI), samples_of(feeds), Recorder())
+    quantizer = steps.quantize(model, context, ranges="minmax")
+    quantizer.costs = all_integer(quantizer.atoms)
+    plan = quantizer.plan()
+    for budget, count in ((10**13, 32), (10 * len(plan.integer) * 6912 // 2, 10), (1, 4)):
+        monkeypatch.setattr(quantizing, "SENSITIVITY_MACS", budget)
+        assert len(quantizer.job(plan).samples) == count

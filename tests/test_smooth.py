@@ -134,3 +134,49 @@ def test_halves_stay_halves() -> None:
     result = smooth(model, [Smoothing("n", ("MatMul_node",), scale, 0.5, 0.0, 0.0)])
     feed = random_feed(model)
     np.testing.assert_allclose(run(result, feed)["y"], run(model, feed)["y"], rtol=2e-2, atol=2e-2)
+
+
+LARGE = {"w": normal(256, 256)}  # large enough that passes over the rows pay
+ROWS = "(float[1,32,256] x) => (float[1,32,256] y) { n = Tanh(x) m = Mul(n, e) y = MatMul(m, w) }"
+
+
+def massive(rows: slice) -> Any:
+    """Rows of ``rows`` are 1000 times the others, as the first token's often are behind a gated product."""
+    even = np.ones((1, 32, 1), np.float32)
+    even[:, rows] = 1000.0
+    return read_model(graph(ROWS, {**LARGE, "e": even}), opset=21)[0]
+
+
+def test_rows_of_massive_activations_get_a_range_each() -> None:
+    model = massive(slice(0, 1))
+    feeds = feeds_of(model)
+    (found,) = search(model, samples_of(feeds), TARGET)
+    assert found.rows and found.after_db > found.before_db + 20
+    result = smooth(model, [found])
+    verify.verify(result, "smoothing")
+    wanted = run(model, feeds[0])["y"]
+    np.testing.assert_allclose(run(result, feeds[0])["y"], wanted, rtol=1e-3, atol=1e-3)
+    added = {str(node.name) for node in result.graph} - {str(node.name) for node in model.graph}
+    quantized = placed(result, feeds=feeds, keep_float=dict.fromkeys(added, "before rounding, not after"))
+    assert "MatMul_node" in quantized.plan.integer
+    error = np.square(quantized.fused(feeds[0])["y"] - wanted).sum(-1) / np.square(wanted).sum(-1)
+    assert -10 * np.log10(error.max()) > 30, "ordinary rows too"
+
+
+def test_rows_stay_where_the_noise_is_not_heard() -> None:
+    """One product of even rows leaves 40 dB; passes over its rows would buy nothing that shows."""
+    model = massive(slice(0, 0))
+    assert not any(one.rows for one in search(model, samples_of(feeds_of(model)), TARGET))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_empty_rows_stay_empty(dtype: type[np.generic]) -> None:
+    word = np.dtype(dtype).name.replace("float32", "float")
+    text = f"({word}[1,6,16] x) => ({word}[1,6,8] y) {{ n = Relu(x) y = MatMul(n, q) }}"
+    model = read_model(graph(text, {"q": normal(16, 8).astype(dtype)}), opset=21)[0]
+    result = smooth(model, [Smoothing("n", ("MatMul_node",), np.ones(16, np.float32), 0.0, 0.0, 0.0, rows=True)])
+    x = normal(1, 6, 16).astype(dtype)
+    x[:, 2] = -1
+    found, wanted = run(result, {"x": x})["y"], run(model, {"x": x})["y"]
+    assert (found[:, 2] == 0).all()
+    np.testing.assert_allclose(found, wanted, rtol=2e-2, atol=2e-2 if dtype == np.float16 else 1e-5)

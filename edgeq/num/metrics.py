@@ -43,10 +43,12 @@ def snr_db(reference: Array, test: Array) -> F64:
 
     A reference of zeros gives the best value when met and the worst otherwise."""
     r, t, broken = _samples(reference, test)
-    # Scaled by each sample's largest value: squares of tiny outputs would underflow, those of huge ones overflow.
-    size = np.maximum(np.abs(r).max(1, initial=0.0), np.abs(t).max(1, initial=0.0))[:, None]
-    size[size == 0.0] = 1.0
-    signal, noise = ((r / size) ** 2).sum(1), ((r / size - t / size) ** 2).sum(1)
+    if max(np.asarray(reference).dtype.itemsize, np.asarray(test).dtype.itemsize) > 4:
+        # Scaled by each sample's largest value: squares of tiny outputs would underflow, those of huge ones overflow.
+        size = np.maximum(np.abs(r).max(1, initial=0.0), np.abs(t).max(1, initial=0.0))[:, None]
+        size[size == 0.0] = 1.0
+        r, t = r / size, t / size
+    signal, noise = _squares(r), _squares(r - t)
     with np.errstate(divide="ignore"):
         value = 10 * (np.log10(signal) - np.log10(np.where(noise > 0, noise, 1.0)))
     value = np.clip(np.where(noise > 0, value, SNR_CAP_DB), -SNR_CAP_DB, SNR_CAP_DB)
@@ -233,7 +235,12 @@ def _samples(reference: Array, test: Array) -> tuple[F64, F64, NDArray[np.bool_]
     r, t = (x.reshape(len(x), -1).astype(np.float64) for x in (r, t))
     odd = ~(np.isfinite(r) & np.isfinite(t))
     broken: NDArray[np.bool_] = (odd & (r != t)).any(1)
-    return np.where(odd, 0.0, r), np.where(odd, 0.0, t), broken
+    return (np.where(odd, 0.0, r), np.where(odd, 0.0, t), broken) if odd.any() else (r, t, broken)
+
+
+def _squares(x: F64) -> F64:
+    """Sum of squares of each row, without an array of them."""
+    return np.asarray(np.einsum("ij,ij->i", x, x), np.float64)
 
 
 def _numeric(*arrays: Array) -> None:

@@ -2,13 +2,15 @@
 
 Where a tensor comes straight from a LayerNormalization that nothing else reads, its scale and bias absorb the division;
 elsewhere (the residual stream reads it too) one Mul by the reciprocal goes before the products: K multiplications a row
-against the K x N of the product behind it.
+against the K x N of the product behind it. Rows are divided behind that, and what the products give is multiplied back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
+import ml_dtypes
+import numpy as np
 import onnx_ir as ir
 
 from edgeq.analyse.smoothing import Smoothing
@@ -25,10 +27,13 @@ def smooth(model: ir.Model, smoothings: Iterable[Smoothing]) -> ir.Model:
         value = readers[0].inputs[0]
         if value is None:
             raise TypeError(f"{readers[0].name} reads nothing")
-        if not _fold_into_norm(clone.graph, value, smoothing, names):
-            _multiply(clone.graph, value, smoothing, readers, names)
-        for node in readers:
-            _scale_rows(clone.graph, node, smoothing, names)
+        if smoothing.alpha:
+            if not _fold_into_norm(clone.graph, value, smoothing, names):
+                _multiply(clone.graph, value, smoothing, readers, names)
+            for node in readers:
+                _scale_rows(clone.graph, node, smoothing, names)
+        if smoothing.rows:
+            _divide_rows(clone.graph, readers, names)
     edit.drop_dead(clone)
     return clone
 
@@ -63,6 +68,41 @@ def _multiply(
         graph.insert_after(producer, node)
     for reader in readers:
         reader.replace_input_with(0, node.outputs[0])
+
+
+def _divide_rows(graph: ir.Graph, readers: list[ir.Node], names: edit.Names) -> None:
+    """Let ``readers`` multiply rows of magnitude 1, and multiply what comes out by each row's largest magnitude."""
+    value = readers[0].inputs[0]
+    if value is None:
+        raise TypeError(f"{readers[0].name} reads nothing")
+    stem, dtype = f"{value.name}_rows", value.dtype or ir.DataType.FLOAT
+    made = list[ir.Node]()
+
+    def add(op: str, what: str, *inputs: ir.Value, **attributes: int) -> ir.Value:
+        name = names.fresh(f"{stem}_{what}")
+        made.append(edit.make_node(op, inputs, f"{name}_{op}", name, attributes, dtype=dtype))
+        return made[-1].outputs[0]
+
+    axis = edit.add_initializer(graph, names.fresh(f"{stem}_axis"), np.array([-1], np.int64))
+    tiny = np.array(ml_dtypes.finfo(dtype.numpy()).tiny, dtype.numpy())
+    least = edit.add_initializer(graph, names.fresh(f"{stem}_least"), tiny)
+    largest = add("Max", "largest", add("ReduceMax", "peak", add("Abs", "magnitude", value), axis, keepdims=1), least)
+    even = add("Div", "even", value, largest)
+    even.shape = value.shape
+    producer = value.producer()
+    if producer is None:
+        graph.insert_before(next(iter(graph)), made)
+    else:
+        graph.insert_after(producer, made)
+    for reader in readers:
+        reader.replace_input_with(0, even)
+        product = reader.outputs[0]
+        stem = names.fresh(f"{product.name}_even")
+        back = edit.make_node("Mul", [largest, largest], f"{stem}_Mul", names.fresh(f"{stem}_out"), like=product)
+        graph.insert_after(reader, back)
+        edit.take_over(product, back.outputs[0])
+        product.name = stem
+        back.replace_input_with(0, product)
 
 
 def _scale_rows(graph: ir.Graph, node: ir.Node, smoothing: Smoothing, names: edit.Names) -> None:
