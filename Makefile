@@ -9,13 +9,13 @@ QNN = $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),$(COMMA)qnn)
 COMMA := ,
 SAMPLES = $(sort $(wildcard samples/[0-9]*.py))
 
-.PHONY: venv demo test check check-all lint qemu browser zoo npu samples bench golden size clean
+.PHONY: venv demo test check check-all lint qemu devices browser zoo npu samples bench golden size clean
 
 venv: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(INSTALL) --editable '.[torch,images,text,sign,dev$(QNN)]'
+	$(INSTALL) --editable '.[torch,images,text,sign,device,dev$(QNN)]'
 	$(INSTALL) --no-deps $(foreach package,$(ZOO),'$(package)')
 	touch $@
 
@@ -27,7 +27,7 @@ test: check-all  ## all that CI runs
 check: lint  ## before each commit: no real models, under 90 s on 2 cores
 	$(BIN)/pytest
 
-check-all: check qemu browser zoo npu  ## the zoo tests run the samples too
+check-all: check qemu devices browser zoo npu  ## the zoo tests run the samples too
 	$(BIN)/pytest -m slow --durations 8
 
 lint: venv
@@ -40,6 +40,14 @@ qemu:  ## CPUs this one isn't, for tests/test_saturation.py; in CI (CI=true) tho
 	if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
 		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq qemu-user; \
 	else echo "no qemu-x86_64, and no apt-get or root to install it: install qemu-user to test under emulation"; fi
+
+devices: venv  ## an ARM board made of QEMU, for tests/devices: needs Debian and root; in CI those tests fail without it
+	@command -v mmdebstrap >/dev/null && command -v qemu-aarch64-static >/dev/null && command -v ssh-keygen >/dev/null || \
+	if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+			mmdebstrap qemu-user-static openssh-client; \
+	else echo "no mmdebstrap or qemu-aarch64-static, and no apt-get or root to install them"; fi
+	$(BIN)/python -m tests.devices
 
 browser:  ## Chromium and npm for tests/test_pages.py and test_web.py; in CI (CI=true) those tests fail without them
 	@command -v npm >/dev/null || if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \

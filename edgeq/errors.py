@@ -71,6 +71,13 @@ class RuntimeUnavailableError(EdgeqError):
     exit_status = 3
 
 
+class DeviceError(EdgeqError):
+    """A device that can't be reached, refuses what it is sent, or fails under it."""
+
+    code = "device"
+    exit_status = 3
+
+
 def did_you_mean(word: str, known: list[str], otherwise: str = "") -> str:
     """A sentence with the nearest known word; without one ``otherwise``, or the list of all of them."""
     import difflib

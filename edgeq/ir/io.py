@@ -7,6 +7,7 @@ one external file beside the model once the weights pass ``INLINE_BYTES``, since
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
@@ -120,14 +121,17 @@ def write(model: ir.Model, path: str | Path) -> None:
         ) from error
 
 
+def model_files(path: Path) -> Iterator[Path]:
+    """Paths relative to the model's folder: the model and its external data. ModelError when it can't be read."""
+    yield Path(path.name)
+    tensors = (value.const_value for graph in read(path).graphs() for value in graph.initializers.values())
+    yield from sorted({Path(tensor.location) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)})
+
+
 def size_bytes(path: str | Path) -> int:
     """Bytes on disk of a model with its external data files."""
     path = Path(path)
-    proto = onnx.load_model(path, load_external_data=False)
-    files = {
-        entry.value for tensor in proto.graph.initializer for entry in tensor.external_data if entry.key == "location"
-    }
-    return sum(file.stat().st_size for file in (path, *(path.parent / name for name in files)))
+    return sum((path.parent / name).stat().st_size for name in model_files(path))
 
 
 def digest(model: ir.Model) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from edgeq.errors import PackageError, RuntimeUnavailableError
+from edgeq.ir import io
 from edgeq.packaging import loader
 from edgeq.packaging.golden import GOLDEN, GoldenWriter, read_golden
 from edgeq.packaging.manifest import (
@@ -25,7 +26,6 @@ from edgeq.packaging.manifest import (
     REPORT,
     SUM,
     manifest,
-    model_files,
     refuse_other_schema,
 )
 from edgeq.packaging.place import is_package, package_in, placed
@@ -97,7 +97,7 @@ def _write_models(variants: tuple[Variant, ...], folder: Path) -> list[str]:
 
 def _copy_model(model: Path, folder: Path) -> None:
     """Model as ``model.onnx`` and its external data under the names it knows them by."""
-    model_file, *external = model_files(model)
+    model_file, *external = io.model_files(model)
     shutil.copyfile(model.parent / model_file, folder / MODEL)
     for relative in external:
         if relative.as_posix() in OWN:

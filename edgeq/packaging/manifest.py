@@ -8,7 +8,7 @@ there is one, is a signature of the manifest and so of all.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,19 +38,11 @@ OLDEST_RUNTIME = "1.24"  # the oldest ONNX Runtime edgeq itself installs with; o
 CANARY_SIDES, CANARY_VALUES, CANARY_TOLERANCE = (61, 83), 64, 1e-5
 
 
-def model_files(model: Path) -> Iterator[Path]:
-    """Paths relative to the model's folder: the model and its external data. ModelError when it can't be read."""
-    yield Path(model.name)
-    graphs = io.read(model).graphs()
-    tensors = (value.const_value for graph in graphs for value in graph.initializers.values())
-    yield from sorted({Path(tensor.location) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)})
-
-
 def manifest(package: Package, folder: Path, models: Sequence[str], golden: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The manifest of a package whose files lie in ``folder`` already: ``models[i]`` is the file and ``golden[i]`` the
     golden runs of variant i."""
     first = io.read(folder / models[0])
-    needed = {GOLDEN, *(path.as_posix() for name in models for path in model_files(folder / name))}
+    needed = {GOLDEN, *(path.as_posix() for name in models for path in io.model_files(folder / name))}
     return {
         "schema": SCHEMA,
         "versions": {"edgeq": __version__, "onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__},

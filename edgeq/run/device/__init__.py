@@ -1,0 +1,63 @@
+"""Devices by address: ``local``, ``ssh://user@host[:port]`` (L4).
+
+Options come behind a question mark: ``?python=/path/to/python3`` names the device's interpreter, ``?folder=/path``
+where its disk has room.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable
+from urllib.parse import parse_qsl, urlsplit
+
+from edgeq.errors import UsageError, did_you_mean
+from edgeq.run.device.link import LocalLink
+from edgeq.run.device.record import Device, Facts
+from edgeq.run.device.remote import FOLDER, PYTHON, Remote
+
+__all__ = ["DEVICES", "Device", "Facts", "open_device"]
+
+
+def open_device(address: str) -> Device:
+    """The device at ``address``, ready for jobs; use it as a context. UsageError for an address that can't be read,
+    DeviceError or RuntimeUnavailableError when the device can't be had."""
+    scheme, separator, _ = address.partition("?")[0].partition("://")
+    if scheme not in DEVICES or not (separator or scheme == "local"):
+        hint = "write local, or ssh://user@host"
+        raise UsageError(f"{address!r} is no address of a device", hint=did_you_mean(scheme, list(DEVICES), hint))
+    return DEVICES[scheme](address)
+
+
+def _options(address: str, known: tuple[str, ...]) -> dict[str, str]:
+    found = dict(parse_qsl(urlsplit(address).query, keep_blank_values=True))
+    for key, value in found.items():
+        if key not in known or not value:
+            raise UsageError(f"{address!r} has an option {key}={value}", hint=did_you_mean(key, list(known)))
+    return found
+
+
+def _local(address: str) -> Device:
+    """This machine, in processes of their own."""
+    here = {"python": sys.executable, "folder": tempfile.gettempdir()}
+    options = here | _options(address, ("python", "folder"))
+    return Remote(address.partition("?")[0], LocalLink(), python=options["python"], folder=options["folder"])
+
+
+def _ssh(address: str) -> Device:
+    """A machine with Python, numpy and onnxruntime over SSH: ssh://user@host[:port]."""
+    from edgeq.run.device.ssh import SshLink
+
+    options, parts = _options(address, ("python", "folder")), urlsplit(address)
+    try:
+        host, port = parts.hostname, parts.port
+    except ValueError as error:
+        raise UsageError(f"{address!r}: {error}", hint="write ssh://user@host:port") from error
+    if not host:
+        raise UsageError(f"{address!r} names no host", hint="write ssh://user@host[:port]")
+    plain = address.partition("?")[0]
+    link = SshLink(plain, host, parts.username, port)
+    return Remote(plain, link, python=options.get("python", PYTHON), folder=options.get("folder", FOLDER))
+
+
+DEVICES: dict[str, Callable[[str], Device]] = {"local": _local, "ssh": _ssh}

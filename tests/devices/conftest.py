@@ -1,0 +1,38 @@
+"""Boards for tests: one of each core that is asked for, shared by the tests of a module."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.devices import arm64
+from tests.devices.arm64 import Board
+
+Boards = Callable[[str], Board]
+
+
+@pytest.fixture(scope="module")
+def boards(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Boards]:
+    """core -> a running board. Skips where none can run; in CI, where one must, fails."""
+    if lacking := arm64.missing():
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(f"no board: {lacking} (make devices)")
+    home = tmp_path_factory.mktemp("home")
+    running: dict[str, Board] = {}
+    with ExitStack() as stack:
+
+        def board(core: str) -> Board:
+            if core not in running:
+                running[core] = stack.enter_context(arm64.board(core, home))
+            return running[core]
+
+        yield board
+
+
+@pytest.fixture
+def at_home(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """Makes a folder with .ssh in it the home of this user, as it is to every client."""
+    return lambda home: monkeypatch.setenv("HOME", str(home))
