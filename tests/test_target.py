@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import edgeq
-from edgeq.errors import TargetError
+from edgeq.errors import RuntimeUnavailableError, TargetError
 from edgeq.num.quant import parse_quant
-from edgeq.target.detect import cpu_flags, family, isa_fingerprint, local_name, machine, missing_isa, parse_cpuinfo
+from edgeq.target.detect import (
+    cpu_flags,
+    elsewhere,
+    family,
+    isa_fingerprint,
+    local_name,
+    machine,
+    missing_isa,
+    parse_cpuinfo,
+)
 from edgeq.target.load import KEYS, LIMIT_KEYS, list_targets, load_target, target_names, targets_folder
+from edgeq.target.provider import check_provider
 
 SHIPPED = target_names()
 
@@ -40,7 +51,12 @@ verified = "here"
 
 
 def test_shipped_targets_load() -> None:
-    assert {"cpu-arm64", "cpu-x64-avx2", "cpu-x64-vnni"} <= {target.name for target in list_targets()}
+    wanted = (
+        "android-nnapi android-xnnpack cpu-arm64 cpu-arm64-a72 cpu-arm64-a76 cpu-arm64-i8mm cpu-openvino cpu-x64-avx2 "
+        "cpu-x64-vnni gpu-cuda gpu-directml gpu-tensorrt gpu-webgpu npu-coreml npu-openvino npu-qnn-v73 npu-qnn-v75 "
+        "npu-qnn-v79 npu-qnn-v81 npu-rknn-rk3588 npu-vitisai web-wasm web-webgpu"
+    )
+    assert [target.name for target in list_targets()] == wanted.split()
     vnni, avx2, arm = load_target("cpu-x64-vnni"), load_target("cpu-x64-avx2"), load_target("cpu-arm64")
     assert vnni.activations == avx2.activations == parse_quant("u8/tensor/asym")
     assert arm.activations == parse_quant("i8/tensor/asym")
@@ -186,3 +202,29 @@ def test_local_is_this_machine() -> None:
     assert missing_isa(("avx2", "avx512_vnni|avx_vnni"), frozenset({"avx_vnni"})) == ("avx2",)
     assert isa_fingerprint() == isa_fingerprint()
     assert isa_fingerprint().startswith(machine() + "-")
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_missing_provider_says_what_to_install(name: str) -> None:
+    """Every target either opens a session here or names what is missing and how to get it; none falls back."""
+    target = load_target(name)
+    try:
+        check_provider(target.execution)
+    except RuntimeUnavailableError as error:
+        assert target.provider in error.message
+        assert error.hint == target.install != ""
+
+
+def test_option_that_is_no_choice_is_named_with_those_that_are(tmp_path: Path) -> None:
+    text = MINIMAL + "[options]\nsoc = '3'\n[choices]\nsoc = {1 = 'the first', 2 = 'the second'}\n"
+    with pytest.raises(TargetError, match=r"options.soc is '3', which isn't known here") as error:
+        load_target(write(tmp_path, "mine", text))
+    assert error.value.hint == "known: 1 (the first), 2 (the second)"
+    assert load_target(write(tmp_path, "mine", text.replace("'3'", "'2'"))).options == {"soc": "2"}
+
+
+def test_where_latency_means_nothing_is_said() -> None:
+    emulated = replace(load_target("cpu-x64-vnni"), emulator=(machine(),))
+    assert f"on {machine()} machines" in elsewhere(emulated)
+    assert elsewhere(load_target("local")) == ""
+    assert elsewhere(replace(load_target("local"), isa=("abacus",))).startswith("this CPU lacks abacus")
