@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from edgeq.errors import UsageError
+from edgeq.errors import OutputError, UsageError
 from edgeq.given import check_form
 from edgeq.packaging import (
     PACKAGES,
@@ -25,6 +25,10 @@ from edgeq.packaging import (
     verify_package,
     write_delta,
 )
+from edgeq.report import codec
+from edgeq.report import html as page
+from edgeq.report.compare import Comparison
+from edgeq.report.compare import compare as side_by_side
 from edgeq.report.record import Check, Notice, Report
 
 
@@ -71,6 +75,31 @@ def package(
             sign(Path(packages[0]), Path(key))
             words.append(Notice("info", "signed", f"signed {packages[0]} with {key}"))
     return replace(found.report, notices=(*found.report.notices, *words))
+
+
+def compare(
+    first: str | Path, second: str | Path, *, html: str | Path | None = None, force: bool = False
+) -> Comparison:
+    """Two packages, or reports as JSON, side by side; ``html`` is where a page of it is written."""
+    if html is not None and Path(html).exists() and not force:
+        raise OutputError(f"{str(html)!r} exists", hint="add --force to replace it, or choose another --html")
+    found = side_by_side((str(first), str(second)), _report(Path(first)), _report(Path(second)))
+    if html is not None:
+        try:
+            Path(html).write_text(page.render_comparison(found), encoding="utf-8")
+        except OSError as error:
+            raise OutputError(f"can't write {str(html)!r}: {error.strerror}", hint="choose another --html") from error
+    return found
+
+
+def _report(path: Path) -> Report:
+    if path.is_dir() or path.suffix != ".json":
+        with unpacked(path) as folder:
+            return read_directory(folder).report
+    try:
+        return codec.from_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"can't read report {str(path)!r}: {error}", hint="give a report.json or a package") from error
 
 
 def make_update(old: str | Path, new: str | Path, out: str | Path) -> Report:

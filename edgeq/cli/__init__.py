@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _show(result: Any, as_json: bool) -> int:
     """Print what a command returned, a Report or an Answer; 1 when a check failed."""
-    if isinstance(result, Answer):
+    if isinstance(result, Answer) and (as_json or isinstance(result.text, str)):
         click.echo(json.dumps(result.tree, indent=2, ensure_ascii=False) if as_json else result.text)
         return 0
     if as_json:
@@ -63,7 +63,11 @@ def _show(result: Any, as_json: bool) -> int:
         from edgeq.report.text import render
 
         wide = None if sys.stdout.isatty() else 120  # rich's 80 for files would fold every node name
-        Console(width=wide).print(render(result))
+        console = Console(width=wide)
+        if isinstance(result, Answer):
+            console.print(*result.text, sep="\n")
+            return 0
+        console.print(render(result))
     return 0 if result.passed else FAILED
 
 

@@ -32,7 +32,7 @@ class Answer:
     """What a command says that measures nothing: the same facts as JSON and as lines."""
 
     tree: dict[str, Any]
-    text: str
+    text: str | list[Any]  # lines, or what rich can print
 
 
 @contextmanager
@@ -314,6 +314,29 @@ def delta(words: tuple[str, ...], out: Path | None, trust: Path | None) -> Repor
     if len(words) == 2:
         return make_update(words[0], words[1], out or Path(f"{Path(words[1]).stem}.delta"))
     raise UsageError(f"can't read {' '.join(words)!r}", hint="edgeq delta OLD NEW, or edgeq delta apply DELTA PACKAGE")
+
+
+@cli.command(cls=Command, epilog=EPILOG)
+@click.argument("first", type=PATH)
+@click.argument("second", type=PATH)
+@click.option("--html", type=PATH, metavar="FILE", help="Write a page of it here.")
+@click.option("--force", is_flag=True, help="Replace the page that is there.")
+@options.as_json
+def compare(first: Path, second: Path, html: Path | None, force: bool) -> Answer:
+    """Show two packages or reports side by side.
+
+    Sizes, accuracy, latency, and every node and tensor that is decided differently. Differences whose intervals overlap
+    aren't called differences.
+
+    \b
+    edgeq compare old.edgeq new.edgeq
+    edgeq compare phone.json desk.json --html compared.html
+    """
+    from edgeq.packages import compare as run
+    from edgeq.report.compare import render_text
+
+    found = run(first, second, html=html, force=force)
+    return Answer(found.tree(), render_text(found))
 
 
 @cli.command("list", cls=Command, epilog=EPILOG)

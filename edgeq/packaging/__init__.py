@@ -5,14 +5,23 @@ from __future__ import annotations
 from edgeq.packaging.cpp import write_cpp
 from edgeq.packaging.delta import apply_delta, write_delta
 from edgeq.packaging.directory import combined, read_directory, read_manifest, verify_package, write_directory
+from edgeq.packaging.oci import write_oci
 from edgeq.packaging.place import check_free, check_writable, is_package, package_in, unpacked
 from edgeq.packaging.postprocess import Postprocessing, labels_of, postprocessing_of
 from edgeq.packaging.record import Golden, Package, Variant
 from edgeq.packaging.sign import create_key, read_public, sign
 from edgeq.packaging.web import write_web
+from edgeq.packaging.wheel import write_wheel
 from edgeq.packaging.zipped import write_zip
 
-PACKAGES = {"dir": write_directory, "zip": write_zip, "cpp": write_cpp, "web": write_web}
+PACKAGES = {
+    "dir": write_directory,
+    "zip": write_zip,
+    "python": write_wheel,
+    "cpp": write_cpp,
+    "web": write_web,
+    "oci": write_oci,
+}
 
 __all__ = [
     "PACKAGES",

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import tarfile
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,27 +61,37 @@ def holds_package(path: Path) -> bool:
 
 def package_in(path: Path) -> Path:
     """The folder with the manifest: ``path`` itself, or a place inside a project. PackageError without one."""
-    if not is_package(path) and (path / FORM).is_file():
-        try:
-            inner = str(json.loads((path / FORM).read_text(encoding="utf-8"))["package"])
-        except (ValueError, KeyError) as error:
-            raise PackageError(f"{path / FORM} can't be read: {error}", hint="write the package again") from error
-        return path / inner
-    return path
+    return path if is_package(path) else path / _form(path).get("package", "")
+
+
+def _form(path: Path) -> dict[str, str]:
+    """What a project says of the package in it: ``form``, ``package`` and, where that is packed, ``archive``."""
+    if not (path / FORM).is_file():
+        return {}
+    try:
+        return {str(key): str(value) for key, value in json.loads((path / FORM).read_text(encoding="utf-8")).items()}
+    except (ValueError, AttributeError) as error:
+        raise PackageError(f"{path / FORM} can't be read: {error}", hint="write the package again") from error
 
 
 @contextmanager
 def unpacked(path: Path) -> Iterator[Path]:
     """The folder with the manifest of a package of any form; a zip is unpacked for as long as it is looked at."""
-    if not path.is_file() or not holds_package(path):
+    form = _form(path)
+    archive, inner = (path / form["archive"], form["package"]) if "archive" in form else (path, "")
+    if not archive.is_file() or not holds_package(path):
         yield package_in(path)
         return
-    with tempfile.TemporaryDirectory(prefix="edgeq-") as folder, zipfile.ZipFile(path) as archive:
+    with tempfile.TemporaryDirectory(prefix="edgeq-") as folder:
         try:
-            archive.extractall(folder)  # drops absolute and upward paths
-        except (zipfile.BadZipFile, OSError) as error:
-            raise PackageError(f"{str(path)!r} is damaged: {error}", hint="copy it again") from error
-        yield Path(folder)
+            # Both drop absolute and upward paths.
+            if zipfile.is_zipfile(archive):
+                shutil.unpack_archive(archive, folder, "zip")
+            else:
+                shutil.unpack_archive(archive, folder, "tar", filter="data")
+        except (zipfile.BadZipFile, tarfile.TarError, zlib.error, shutil.ReadError, OSError) as error:
+            raise PackageError(f"{str(archive)!r} is damaged: {error}", hint="copy it again") from error
+        yield Path(folder) / inner
 
 
 @contextmanager

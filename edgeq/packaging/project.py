@@ -1,7 +1,7 @@
 """What all forms that are projects share: a name, templates filled in, the package inside, a note where it lies (L8).
 
 Templates are real files under ``templates/``: they can be read, linted and compiled as they are, but for words between
-``@`` that a package fills in.
+``@`` that a package fills in. What would be no Python with such words has the suffix ``.in``.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def fill_templates(form: str, folder: Path, words: Mapping[str, str]) -> None:
     """The templates of ``form`` into ``folder``; ``@WORD@`` in names and texts becomes ``words["WORD"]``."""
     words = {"VERSION": __version__, **words}
     for template in sorted(path for path in (TEMPLATES / form).rglob("*") if path.is_file()):
-        place = folder / _filled(template.relative_to(TEMPLATES / form).as_posix(), words)
+        place = folder / _filled(template.relative_to(TEMPLATES / form).as_posix(), words).removesuffix(".in")
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_text(_filled(template.read_text(encoding="utf-8"), words), encoding="utf-8")
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from edgeq.report import rows
 from edgeq.report.codec import encode
+from edgeq.report.compare import Comparison
 from edgeq.report.figures import figures
 from edgeq.report.record import Check, Report
 
@@ -26,11 +27,22 @@ PAGE = Path(__file__).with_name("page.html")
 
 def render(report: Report) -> str:
     """The page as text. Every name in it is escaped."""
-    drawn = figures(report)
+    drawn = {name: figure for name, (_, figure) in figures(report).items()}
+    return _page(rows.title(report), "\n".join(_body(report)), drawn)
+
+
+def render_comparison(found: Comparison) -> str:
+    """A page of two reports side by side; it needs no figures and weighs some kilobytes."""
+    notes = "".join(f'<p class="warning">{escape(note)}</p>' for note in found.notes)
+    sections = "".join(_section(heading.capitalize(), table) for heading, table in found.sections.items())
+    return _page(" and ".join(found.names), notes + sections, {})
+
+
+def _page(title: str, body: str, drawn: Mapping[str, Any]) -> str:
     parts = {
-        "title": escape(rows.title(report)),
-        "body": "\n".join(_body(report)),
-        "figures": _script_json({name: figure for name, (_, figure) in drawn.items()}),
+        "title": escape(title),
+        "body": body,
+        "figures": _script_json(drawn),
         "plotly": _plotly() if drawn else "",
     }
     page = PAGE.read_text(encoding="utf-8")
