@@ -38,7 +38,8 @@ Rule = Callable[[set[str]], bool]
 
 def settled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rule: Rule, text: str = NET, snr_db: float = 20.0,
-    weights: dict[str, NDArray[np.float32]] = WEIGHTS, **options: str,
+    weights: dict[str, NDArray[np.float32]] = WEIGHTS, drop: Callable[[list[set[str]]], float] = lambda seen: 0.0,
+    **options: str,
 ) -> tuple[Settled, Context, list[set[str]]]:  # fmt: skip
     """A model settled under a judge that passes a file by the names of its float Convs and by whether weights are
     evened; and what the judge saw."""
@@ -60,6 +61,7 @@ def settled(
         return [
             Check("cosine", 0.999 if passed else 0.5, limit=0.99, limit_kind="min", passed=passed),
             Check("snr_db", snr_db + 3.0 * len(found)),
+            Check("top1_drop", drop(seen)),
         ]
 
     emit(model.clone(), target, tmp_path / "float.onnx")
@@ -135,6 +137,17 @@ def test_relief_gives_up_speed_for_less_noise(tmp_path: Path, monkeypatch: pytes
     if relieved[0]["latency_ratio"][0] < 1 and found.chosen.plan is not None:
         assert found.chosen.name == relieved[0]["name"]
     assert [facts.name for facts in context.recorder.steps].count("sensitivity") == 1
+
+
+def test_relief_goes_on_until_half_of_the_drop_is_won_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, _, seen = settled(
+        tmp_path, monkeypatch, lambda convs: True, relief="3",
+        drop=lambda seen: 0.004 if sum(map(bool, seen)) < 2 else 0.002,
+    )  # fmt: skip
+    assert [bool(convs) for convs in seen[-3:]] == [False, True, True]
+    relieved = {row["name"]: row for row in found.trials if "relieved" in str(row["name"])}
+    assert [row["checks"]["top1_drop"] for row in relieved.values()] == [0.004, 0.002]
+    assert found.chosen.name != next(iter(relieved)), "the one that drops as much as before doesn't ship"
 
 
 def test_nothing_is_relieved_where_noise_is_small_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,7 @@ from edgeq.steps import equalize
 from edgeq.target.detect import elsewhere
 
 ENOUGH_DB = 40.0  # of SNR: a hundredth of the amplitude; a recipe's relief takes nothing off below
-MORE_DB = (0, 2, 4)  # a relieved draft may still miss a limit by a sample or two; then a little more is relieved
+MORE_DB = (0, 2, 4)  # a relieved draft may still drop by a sample or two too many; then a little more is relieved
 RELIEF_DB = (1, 2, 3, 4, 5, 6, 8, 10, 15)  # predicted noise taken off the outputs by each further repair
 REFINED = 12  # atoms whose ranges are tried one by one before any is given up
 DECIDE_SECONDS = 8.0  # a draft is chosen or dropped on this; the shipped one is measured again, longer
@@ -161,16 +161,18 @@ def _any_accurate(drafts: Sequence[Draft]) -> bool:
     return any(draft.accurate for draft in drafts)
 
 
-def _relief(drafts: Sequence[Draft], judge: Judge, context: Context, folder: Path) -> Iterator[Draft]:
-    """The most exact of ``drafts`` with so many of its most harmful atoms in float that the recipe's relief is met:
-    what an accurate draft is given up for when accuracy is wanted beyond the limits."""
+def _relief(drafts: Sequence[Draft], judge: Judge, context: Context, folder: Path) -> list[Draft]:
+    """The most exact of ``drafts`` with so many of its most harmful atoms in float that the recipe's relief is met and,
+    if it can be had, half of what the metric still dropped is won back: what an accurate draft is given up for when
+    accuracy is wanted beyond the limits."""
     best = max((draft for draft in drafts if draft.accurate), key=_snr, default=None)
     if best is None or best.plan is None or best.quantizer is None or _snr(best) >= ENOUGH_DB:
-        return
+        return []
     quantizer = best.quantizer
     if not quantizer.relief_db:
-        return
+        return []
     ranked = _ranked(quantizer.sensitivity(best.plan), quantizer)
+    made: list[Draft] = []
     for more in MORE_DB:
         wanted = quantizer.relief_db + more
         count = _count([value for _, value in ranked], wanted)
@@ -178,12 +180,18 @@ def _relief(drafts: Sequence[Draft], judge: Judge, context: Context, folder: Pat
         name = f"{best.name}, {wanted:g} dB relieved"
         draft = _draft(name, quantizer, context, folder, {**best.kept_float, **reasons})
         if draft is None or draft.plan is None:
-            return
-        draft = _judged(draft, judge, context)
-        gained = _snr(draft) - _snr(best) >= quantizer.relief_db / 2
-        yield replace(draft, relieved=gained)
-        if draft.accurate:
-            return
+            break
+        made.append(_judged(draft, judge, context))
+        if made[-1].accurate and _drop(made[-1]) <= _drop(best) / 2:
+            break
+    gained = [draft for draft in made if draft.accurate and _snr(draft) - _snr(best) >= quantizer.relief_db / 2]
+    closing = [draft.name for draft in gained if _drop(draft) <= _drop(best) / 2] or [draft.name for draft in gained]
+    return [replace(draft, relieved=draft.name in closing) for draft in made]
+
+
+def _drop(draft: Draft) -> float:
+    """What the metric drops by, in its unit; 0 where it is better than float's or there is none."""
+    return max([0.0, *(check.value for check in draft.checks if check.name.endswith("_drop"))])
 
 
 def _without_weights(quantizer: Quantizer) -> dict[str, str]:
