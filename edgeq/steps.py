@@ -7,12 +7,10 @@ which nodes end up integer is settled by measurement later, and each plan must b
 from __future__ import annotations
 
 import inspect
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from math import isfinite
-from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
@@ -36,15 +34,12 @@ from edgeq.rewrite.equalize import equalize as equalize_model
 from edgeq.rewrite.smooth import smooth as smooth_model
 from edgeq.rewrite.weights import store_weights, ways_of
 from edgeq.run.samples import split, take
-from edgeq.run.timing import Ratio, TimedConfig, compare, ratio
 from edgeq.target.oracle import Oracle
 
 EQUALIZE_HELD, EQUALIZE_SAMPLES = 0.25, 16  # share of the samples, and how many of them, that judge and don't teach
 EQUAL = 1e-5  # noise-to-signal power up to which two float models are one
 LARGE = 1 << 18  # bytes of a table that is worth the nodes which decode its rows
 FREE_DB, FREE_SAMPLES = 40.0, 16  # of SNR on the outputs, a hundredth of the amplitude; how many samples tell
-SLOWER = 1.02  # of a ratio's lower bound: of two equal files one may seem 1 % slower
-TIMED_SAMPLES, TIMED_SECONDS = 4, 3.0  # seconds a thread count
 CHECK_SAMPLES = 2  # a rewrite is compared on so many samples: it is wrong everywhere or nowhere
 
 
@@ -106,7 +101,8 @@ def equalize(model: ir.Model, context: Context) -> ir.Model:
 
 
 def embeddings(model: ir.Model, context: Context, *, format: str = "i8/channel") -> ir.Model:
-    """Store large tables that rows are gathered from as codes, if neither the outputs nor the clock can tell."""
+    """Store large tables that rows are gathered from as codes, if the outputs can't tell. Whether the clock can is seen
+    when the files race: without codes the float file as given is still there."""
     quant = parse_quant(format)
     large = {edge: p for edge, p in storable(model, quant, ["Gather"]).items() if _bytes(model, edge) >= LARGE}
     coded = {edge: one for edge, one in nearest(model, large).items() if ways_of(model, {edge: one})[edge] == "rows"}
@@ -116,10 +112,9 @@ def embeddings(model: ir.Model, context: Context, *, format: str = "i8/channel")
         result = store_weights(model, coded)
         probe = Probe(model, take(context.calibration, FREE_SAMPLES), context.target, context.threads)
         snr, sizes = decibel(probe.noise(result)), [io.weight_bytes(one) for one in (model, result)]
-        ratios = _ratios(model, result, context) if snr >= FREE_DB and sizes[1] < sizes[0] else []
-        kept = bool(ratios) and all(one.low <= SLOWER for one in ratios)
+        kept = snr >= FREE_DB and sizes[1] < sizes[0]
         facts.update(format=str(quant), tables=len(coded), bytes_before=sizes[0], bytes_after=sizes[1])
-        facts.update(snr_db=round(snr, 1), latency_ratio=[round(one.value, 3) for one in ratios], kept=kept)
+        facts.update(snr_db=round(snr, 1), kept=kept)
     if not kept:
         return model
     _leave_float(model, result, coded, quant, context)
@@ -129,21 +124,6 @@ def embeddings(model: ir.Model, context: Context, *, format: str = "i8/channel")
 def _bytes(model: ir.Model, edge: tuple[str, int]) -> int:
     value = model.graph.node(edge[0]).inputs[edge[1]]
     return 0 if value is None or value.const_value is None else value.const_value.nbytes
-
-
-def _ratios(before: ir.Model, after: ir.Model, context: Context) -> list[Ratio]:
-    """How long ``after`` takes over ``before``, one a thread count."""
-    found = []
-    with tempfile.TemporaryDirectory(prefix="edgeq-", ignore_cleanup_errors=True) as folder:
-        configs = []
-        for name, model in (("before", before), ("after", after)):
-            io.write(model, Path(folder) / f"{name}.onnx")
-            configs.append(TimedConfig(name, Path(folder) / f"{name}.onnx", provider=context.target.execution))
-        feeds = [*take(context.calibration, TIMED_SAMPLES)]
-        for threads in context.target.threads:
-            run = compare(configs, feeds, threads=threads, max_seconds=TIMED_SECONDS, seed=context.seed)
-            found.append(ratio(run["after"], run["before"]))
-    return found
 
 
 def weights(

@@ -1,4 +1,4 @@
-"""Tables as rows of 8 bits: stored where it is free, and left as they are where outputs, file or clock would tell."""
+"""Tables as rows of 8 bits: stored where it is free, and left as they are where outputs or the file would tell."""
 
 from __future__ import annotations
 
@@ -29,11 +29,6 @@ NET = (
 )
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(steps, "TIMED_SECONDS", 1.0)
-
-
 def ids(*shape: int) -> Feed:
     return {"ids": np.random.default_rng(3).integers(0, WIDTH, shape)}
 
@@ -45,7 +40,6 @@ def made(text: str, feed: Feed, **weights: np.ndarray) -> tuple[ir.Model, Contex
 
 
 def net() -> tuple[ir.Model, Context]:
-    """Two products beside which a few nodes more take no time."""
     weights = {"w": normal(WIDTH, 4096) / 8, "o": normal(4096, WIDTH) / 60}
     return made(NET, ids(1, 256), table=normal(ROWS, WIDTH), **weights)
 
@@ -104,14 +98,11 @@ TOLD: dict[str, Callable[[], tuple[ir.Model, Context]]] = {
         " e = Gather(table, ids) p = MatMul(x, table) y = Add(e, p) }",
         {**ids(1, 16), "x": normal(1, 16, ROWS)}, table=normal(ROWS, WIDTH),
     ),
-    "clock": lambda: made(
-        "(int64[65536] ids) => (float[65536,64] y) { y = Gather(table, ids) }", ids(65536), table=normal(ROWS, WIDTH)
-    ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", TOLD)
-def test_what_outputs_file_or_clock_can_tell_is_left(name: str) -> None:
+def test_what_outputs_or_the_file_can_tell_is_left(name: str) -> None:
     model, context = TOLD[name]()
     assert steps.embeddings(model, context) is model
     (record,) = context.recorder.steps
@@ -120,7 +111,6 @@ def test_what_outputs_file_or_clock_can_tell_is_left(name: str) -> None:
     assert {
         "outputs": facts["snr_db"] < steps.FREE_DB,
         "file": facts["bytes_after"] > facts["bytes_before"],
-        "clock": any(ratio > steps.SLOWER for ratio in facts["latency_ratio"]),
     } == {key: key == name for key in TOLD}
     assert (context.recorder.notices, context.keep_float) == ([], {})
 
