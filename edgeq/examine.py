@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from edgeq import steps
 from edgeq.analyse.place import free_costs, place
 from edgeq.analyse.store import Store
 from edgeq.context import Context
+from edgeq.devices import facts_of, fitting, ran
 from edgeq.errors import PackageError, RecipeError
 from edgeq.facts import environment, samples_facts, source_facts, target_facts, timing_facts
 from edgeq.given import (
@@ -29,11 +31,12 @@ from edgeq.given import (
     target_of,
 )
 from edgeq.ir import query
-from edgeq.packaging import read_directory, verify_package
+from edgeq.packaging import Variant, check_files, read_directory, verify_package
 from edgeq.quantizer import Quantizer
 from edgeq.report.progress import Progress
 from edgeq.report.record import AtomNoise, Check, Coverage, Island, Report
 from edgeq.report.recorder import Recorder
+from edgeq.run.device import Device, open_device, registry
 from edgeq.run.record import Timing
 from edgeq.run.samples import load_samples
 from edgeq.run.session import feeds_like, open_session
@@ -41,6 +44,7 @@ from edgeq.run.timing import TimedConfig, compare, ratio
 from edgeq.source import read_model
 from edgeq.target.load import load_target
 from edgeq.target.oracle import Oracle
+from edgeq.target.record import CPU, Provider
 from edgeq.validator import validate as measure
 
 
@@ -116,33 +120,51 @@ def validate(
     synthetic: bool = False,
     preprocessing: str | Path | None = None,
     seed: int = 0,
+    on: str | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Measure a package again on this machine: digests and golden runs, then accuracy and latency against
-    ``reference``, by default the model it was made from. Raises PackageError when the package is altered."""
+    """Measure a package again: digests and golden runs, then accuracy and latency against ``reference``, by default the
+    model it was made from. ``on``: a device's name or address; without one, on this machine.
+
+    Raises PackageError when the package is altered, DeviceError when the device fails or can't run it."""
     folder, recorder = Path(package), Recorder(progress)
     wanted = Wanted(metric, max_drop, max_latency_ms, min_speedup, max_size_ratio)
-    with recorder.step("verify"):
-        verify_package(folder)
-    shipped = read_directory(folder)
-    origin = str(reference or shipped.report.source.get("origin", ""))
-    chosen = replace(load_target("local"), session=dict(shipped.report.target.get("session", {})))
-    chosen = chosen if threads is None else replace(chosen, threads=tuple(threads))
-    if not origin or (reference is None and not Path(origin).is_file() and ":" not in origin):
-        raise PackageError(f"the float model {origin!r} isn't here", hint="name it with --reference")
-    model, info = read_model(origin, opset=chosen.opset)
-    spec = samples_spec(evaluation, synthetic, "evaluation", "-e")
-    samples = load_samples(spec, model, preprocessing=preprocessing_of(preprocessing, shipped.preprocessing))
-    with recorder.step("validate", len(samples)):
-        validation = measure(
-            model, shipped.model, samples, metric=metric, limits=wanted.limits(), threads=chosen.threads,
-            provider=chosen.execution, seed=seed,
-        )  # fmt: skip
+    with ExitStack() as stack:
+        device = stack.enter_context(open_device(registry.address_of(on))) if on else None
+        with recorder.step("verify"):
+            variant, provider, on_device = _verified(folder, device)
+        shipped = read_directory(folder)
+        origin = str(reference or variant.report.source.get("origin", ""))
+        counts = tuple(threads) if threads is not None else load_target("local").threads
+        if not origin or (reference is None and not Path(origin).is_file() and ":" not in origin):
+            raise PackageError(f"the float model {origin!r} isn't here", hint="name it with --reference")
+        model, info = read_model(origin, opset=load_target("local").opset)
+        spec = samples_spec(evaluation, synthetic, "evaluation", "-e")
+        samples = load_samples(spec, model, preprocessing=preprocessing_of(preprocessing, shipped.preprocessing))
+        with recorder.step("validate", len(samples)):
+            validation = measure(
+                model, variant.model, samples, metric=metric, limits=wanted.limits(), threads=counts,
+                provider=provider, seed=seed, device=device,
+            )  # fmt: skip
+        told = {"device": facts_of(device)} if device else {}
     return replace(
-        shipped.report, checks=validation.checks, latency=timing_facts(validation.timings), steps=tuple(recorder.steps),
-        notices=(*shipped.report.notices, *recorder.notices), environment=environment(),
-        samples={"evaluation": samples_facts(samples)}, candidates=(), source=source_facts(info, model),
+        variant.report, checks=(*on_device, *validation.checks), latency=timing_facts(validation.timings),
+        steps=tuple(recorder.steps), notices=(*variant.report.notices, *recorder.notices),
+        environment=environment() | told, samples={"evaluation": samples_facts(samples)}, candidates=(),
+        source=source_facts(info, model),
     )  # fmt: skip
+
+
+def _verified(folder: Path, device: Device | None) -> tuple[Variant, Provider, tuple[Check, ...]]:
+    """What of a package is measured, how it is opened, and what was checked on the way. PackageError when a byte is
+    altered."""
+    if device is None:
+        verify_package(folder)
+        first = read_directory(folder).variants[0]
+        return first, replace(CPU, session=dict(first.report.target.get("session", {}))), ()
+    check_files(folder)
+    variant, provider = fitting(folder, device)
+    return variant, provider, ran(device, variant, provider)
 
 
 def bench(

@@ -43,11 +43,11 @@ def test_this_machine_as_a_device(place: str, config: TimedConfig, tmp_path: Pat
             expected = run_session(here, feed)
             assert found.keys() == expected.keys() and all(np.array_equal(found[k], expected[k]) for k in found)
         ((_, only),) = measure.outputs(device, config, feeds[:1], ["z"])
-        race = measure.compare(device, [config, TimedConfig("other", config.path)], feeds, seconds=0.5)
+        race = measure.compare(device, [config, TimedConfig("other", config.path)], feeds, max_seconds=0.5)
         footprint = measure.measure_memory(device, config, feeds[0])
-        measure.graph(device, config, feeds[0], tmp_path / "graph.onnx")
+        ((_, traced),) = measure.graph(device, config, feeds[:1], tmp_path / "graph.onnx", ["y"])
         assert device.facts.runtime and not device.facts.emulator and device.facts.cores > 0
-    assert list(only) == ["z"]
+    assert list(only) == ["z"] and list(traced) == ["y"]
     assert ratio(race.timings["other"], race.timings["net"]).low > 0
     assert race.timings["net"].p99_ms >= race.timings["net"].p90_ms >= race.timings["net"].median_ms > 0
     assert footprint.peak_bytes > 0 and footprint.load_ms > 0 and footprint.first_ms > 0

@@ -38,6 +38,7 @@ LAYERS = {
     "given": 9,
     "search": 10,
     "advice": 10.5,
+    "devices": 10,
     "examine": 10.5,
     "packages": 10.5,
     "pipeline": 10.5,

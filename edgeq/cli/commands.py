@@ -199,7 +199,8 @@ def footprint(model: str | None, **settings: Any) -> Report:
 
 @cli.command(cls=Command, epilog=EPILOG)
 @click.argument("package", type=PATH)
-@options.evaluation
+@click.option("-e", "-c", "--evaluation", metavar="DATA", help="Held-out samples, with labels where known.")
+@click.option("--on", metavar="DEVICE", help="Measure on a device: its name, or ssh://user@host.")
 @click.option("--reference", metavar="MODEL", help="Float model to compare with.  [default: the one it was made from]")
 @options.limits
 @options.threads
@@ -209,12 +210,13 @@ def footprint(model: str | None, **settings: Any) -> Report:
 @options.quiet
 @options.as_json
 def validate(package: Path, quiet: bool, **settings: Any) -> Report:
-    """Measure PACKAGE again on this machine.
+    """Measure PACKAGE again on this machine, or on a device.
 
-    Digests, golden runs, accuracy, latency.
+    Digests, golden runs, accuracy, latency. On a device also what its runtime made of the model.
 
     \b
     edgeq validate net.edgeq -e eval.npz --metric top1 --max-drop 0.005 --max-latency 8
+    edgeq validate net.edgeq -c eval.npz --on ssh://pi@raspberrypi.local
     """
     from edgeq.examine import validate as run
 
@@ -337,6 +339,34 @@ def compare(first: Path, second: Path, html: Path | None, force: bool) -> Answer
 
     found = run(first, second, html=html, force=force)
     return Answer(found.tree(), render_text(found))
+
+
+@cli.command(cls=Command, epilog=EPILOG)
+@click.argument("words", nargs=-1, required=True, metavar="add NAME ADDRESS | list | doctor NAME | remove NAME")
+@options.as_json
+def device(words: tuple[str, ...]) -> Answer:
+    """Keep devices by name, and look what is wrong with one.
+
+    ADDRESS is ssh://user@host[:port] or local. Keys only, and only hosts that ~/.ssh/known_hosts knows. The device
+    needs Python 3.8 or later with numpy and onnxruntime; nothing stays on it.
+
+    \b
+    edgeq device add pi ssh://pi@raspberrypi.local
+    edgeq device doctor pi
+    edgeq validate net.edgeq -c eval.npz --on pi
+    """
+    from edgeq.cli import names
+    from edgeq.cli.device import ACTIONS
+    from edgeq.errors import UsageError, did_you_mean
+
+    action, *others = words
+    if action not in ACTIONS:
+        raise UsageError(f"nothing called {action!r} to do with devices", hint=did_you_mean(action, list(ACTIONS)))
+    function, wanted = ACTIONS[action]
+    if len(others) != len(wanted):
+        raise UsageError(f"can't read {' '.join(words)!r}", hint=" ".join(["edgeq device", action, *wanted]))
+    found = function(*others)
+    return Answer(found, "\n".join(names.aligned({key: str(value) for key, value in found.items()})))
 
 
 @cli.command("list", cls=Command, epilog=EPILOG)

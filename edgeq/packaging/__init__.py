@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from edgeq.packaging.cpp import write_cpp
 from edgeq.packaging.delta import apply_delta, write_delta
-from edgeq.packaging.directory import combined, read_directory, read_manifest, verify_package, write_directory
+from edgeq.packaging.directory import (
+    check_files,
+    combined,
+    read_directory,
+    read_manifest,
+    verify_package,
+    write_directory,
+)
 from edgeq.packaging.oci import write_oci
 from edgeq.packaging.place import check_free, check_writable, is_package, package_in, unpacked
 from edgeq.packaging.postprocess import Postprocessing, labels_of, postprocessing_of
@@ -30,6 +37,7 @@ __all__ = [
     "Postprocessing",
     "Variant",
     "apply_delta",
+    "check_files",
     "check_free",
     "check_writable",
     "combined",

@@ -147,6 +147,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return found
 
 
+def check_files(folder: str | Path) -> None:
+    """PackageError unless every byte of a package is what it was; for what runs elsewhere."""
+    folder = package_in(Path(folder))
+    found = read_manifest(folder)
+    try:
+        loader.read_manifest(folder)
+        loader.check_files(folder, found)
+    except (ValueError, KeyError, OSError) as error:
+        raise _altered(folder, error) from error
+
+
 def verify_package(folder: str | Path, *, trust: bytes = b"") -> dict[str, Any]:
     """Check digests, machine and golden outputs as the package's own loader does, and the signature by the Ed25519 key
     ``trust`` when one is given; returns the manifest.

@@ -53,7 +53,7 @@ def choose(folder: Path = HERE, threads: int = 0, *, trust: bytes = b"", fresh: 
     if known:
         (variant,) = (row for row in manifest["variants"] if row["name"] == known["variant"])
         return Choice(_open(folder, variant, threads), variant["name"], tuple(known["passed_over"]))
-    _check_files(folder, manifest)
+    check_files(folder, manifest)
     choice = _fastest(folder, manifest, threads)
     for words in choice.passed_over:
         warnings.warn(f"{folder}: {words}; running {choice.variant!r}", stacklevel=2)
@@ -84,7 +84,7 @@ def _check_signature(path: Path, text: bytes, trust: bytes) -> None:
         raise ValueError(f"{path} is no signature of manifest.json by the trusted key {trust.hex()}") from error
 
 
-def _check_files(folder: Path, manifest: dict[str, Any]) -> None:
+def check_files(folder: Path, manifest: dict[str, Any]) -> None:
     for name, facts in manifest["files"].items():
         path = folder / name  # files for people may be left out of an app; what is there must be whole
         if not path.exists() and not facts["needed"]:

@@ -63,8 +63,8 @@ def _script_json(tree: Any) -> str:
 
 
 def _body(report: Report) -> Iterable[str]:
-    if rows.is_synthetic(report):
-        yield f'<p class="banner">{escape(rows.SYNTHETIC)}</p>'
+    for banner in rows.banners(report):
+        yield f'<p class="banner">{escape(banner)}</p>'
     yield f'<p class="verdict{"" if report.passed else " failed"}">{escape(rows.verdict(report))}</p>'
     for line in rows.given_up(report):
         yield f'<p class="warning">given up: {escape(line)}</p>'

@@ -21,6 +21,8 @@ MIB = 1024.0 * 1024.0
 BLOCKS = "▁▂▃▄▅▆▇█"
 SYNTHETIC = "SYNTHETIC DATA: the inputs are random numbers; accuracy on them says nothing about real use."
 
+EMULATED = "NOT A DEVICE MEASUREMENT: {} interpreted every instruction; the times say nothing about any device."
+
 
 @dataclass(frozen=True)
 class LatencyRow:
@@ -56,6 +58,12 @@ def top_islands(report: Report, count: int | None = None) -> list[Island]:
     return sorted(islands, key=lambda island: -island.macs)[:count]
 
 
+def banners(report: Report) -> list[str]:
+    """What no reader may miss: inputs that aren't real, times that aren't a device's."""
+    emulator = report.environment.get("device", {}).get("emulator", "")
+    return [*([SYNTHETIC] if is_synthetic(report) else []), *([EMULATED.format(emulator)] if emulator else [])]
+
+
 def is_synthetic(report: Report) -> bool:
     """True when any of the samples were random numbers."""
     return any(_marked_synthetic(report.samples))
@@ -69,10 +77,11 @@ def _marked_synthetic(tree: Any) -> Iterator[bool]:
 
 
 def title(report: Report) -> str:
-    """``model.onnx → cpu-x64-vnni · balanced``, as far as it is known."""
+    """``model.onnx → cpu-x64-vnni on ssh://pi@board · balanced``, as far as it is known."""
     origin = report.source.get("origin", "model")
     source = ", ".join(Path(name).name for name in (origin if isinstance(origin, list | tuple) else [str(origin)]))
-    target = str(report.target.get("name", ""))
+    device = report.environment.get("device", {}).get("address", "")
+    target = " on ".join(filter(None, [str(report.target.get("name", "")), device]))
     return " → ".join(word for word in (source, target) if word) + (f" · {report.recipe}" if report.recipe else "")
 
 

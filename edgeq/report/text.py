@@ -23,7 +23,7 @@ def render(report: Report) -> Group:
     """The whole report, top to bottom; parts that hold nothing are left out."""
     parts: list[RenderableType | None] = [
         Text(rows.title(report), style="bold"),
-        Text(f" {rows.SYNTHETIC} ", style="bold white on red") if rows.is_synthetic(report) else None,
+        *(Text(f" {banner} ", style="bold white on red") for banner in rows.banners(report)),
         *map(Text, rows.source_lines(report)),
         _checks(report),
         _latency(report),

@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -117,6 +117,26 @@ def measure_memory(config: TimedConfig, feed: Feed, *, threads: int = 1, repeats
         median(run["load_ms"] for run in runs),
         median(run["first_ms"] for run in runs),
     )
+
+
+class Stopwatch(Protocol):
+    """Where files are timed: ``compare`` and ``measure_memory`` of this module, or those of a device."""
+
+    def compare(
+        self, configs: Sequence[TimedConfig], feeds: Sequence[Feed], *, threads: int, max_seconds: float, seed: int
+    ) -> dict[str, Timing]: ...
+
+    def memory(self, config: TimedConfig, feed: Feed, *, threads: int, repeats: int) -> Footprint: ...
+
+
+class Here:
+    """This machine's."""
+
+    def compare(self, configs: Sequence[TimedConfig], feeds: Sequence[Feed], **settings: Any) -> dict[str, Timing]:
+        return compare(configs, feeds, **settings)
+
+    def memory(self, config: TimedConfig, feed: Feed, **settings: Any) -> Footprint:
+        return measure_memory(config, feed, **settings)
 
 
 def with_footprint(timing: Timing, footprint: Footprint) -> Timing:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,12 +70,12 @@ class Judge:
         self._session = open_session(
             reference, threads=threads, provider=provider if provider.name == CPU.name else CPU
         )
-        self._outputs = [spec.name for spec in output_specs(self._session)]
+        self.outputs = [spec.name for spec in output_specs(self._session)]
         self._kept: dict[int, Feed] = {}
         self._kept_bytes = 0
         first = self._expected(0, samples.read(0))
-        self._class_output = next((name for name in self._outputs if self._class_like(name, first[name])), None)
-        self._comparisons = {name: self._compared_by(name, first[name]) for name in self._outputs}
+        self._class_output = next((name for name in self.outputs if self._class_like(name, first[name])), None)
+        self._comparisons = {name: self._compared_by(name, first[name]) for name in self.outputs}
         self._score = self._resolve(metric)
         self._given = self._on_accuracy(limits or {})
         self._limits = self._given or self._default_limits()
@@ -85,13 +85,17 @@ class Judge:
         not all outputs of the reference."""
         settings = self._settings if provider is None else {**self._settings, "provider": provider}
         session = open_session(artifact, **settings)
-        _same_outputs(self._outputs, session, artifact)
+        _same_outputs(self.outputs, session, artifact)
+        return self.judged((feed, run_session(session, feed, self.outputs)) for feed in self.samples)
+
+    def judged(self, runs: Iterable[tuple[Feed, Feed]]) -> tuple[Check, ...]:
+        """Accuracy checks of ``outputs`` computed anywhere: each sample with them, in order."""
         values: dict[tuple[str, str], list[float]] = defaultdict(list)  # (metric, output) -> one value a sample
         expected, found = Scores(self._score), Scores(self._score)
-        for index, feed in enumerate(self.samples):
+        for index, (feed, test) in enumerate(runs):
             label = None if self.samples.labels is None else self.samples.labels[index]
-            truth, test = self._expected(index, feed), run_session(session, feed, self._outputs)
-            for output in self._outputs:
+            truth = self._expected(index, feed)
+            for output in self.outputs:
                 for name in self._comparisons[output]:
                     values[name, output] += _compare(name, truth[output], test[output], feed)
             expected.add({**feed, **truth}, label)
@@ -102,7 +106,7 @@ class Judge:
         """Outputs of the reference for sample ``index``, kept while ``CACHE_BYTES`` last."""
         if index in self._kept:
             return self._kept[index]
-        outputs = run_session(self._session, feed, self._outputs)
+        outputs = run_session(self._session, feed, self.outputs)
         size = sum(array.nbytes for array in outputs.values())
         if self._kept_bytes + size <= CACHE_BYTES:
             self._kept[index] = outputs
@@ -151,7 +155,7 @@ class Judge:
         row, output = METRICS[metric], self._class_output or self._labelled_output()
         if output is None:
             raise UsageError(
-                f"metric {metric!r} needs an output of class scores, the model has {', '.join(self._outputs)}",
+                f"metric {metric!r} needs an output of class scores, the model has {', '.join(self.outputs)}",
                 hint="choose cosine or snr_db, or give pkg.module:function",
             )
 

@@ -11,7 +11,7 @@ from edgeq.num.intervals import Interval
 from edgeq.report.record import Check
 from edgeq.report.rows import quantity
 from edgeq.run.record import Feed, Timing
-from edgeq.run.timing import TimedConfig, compare, measure_memory, ratio, with_footprint
+from edgeq.run.timing import Here, Stopwatch, TimedConfig, ratio, with_footprint
 from edgeq.validator.limits import Limits, held
 
 SPEED_CHECKS = ("latency_ratio", "latency_ms", "peak_memory_bytes", "load_ms", "first_run_ms")
@@ -37,25 +37,26 @@ def latency(
     max_seconds: float = 20.0,
     seed: int = 0,
     footprints: int = FOOTPRINTS,
+    stopwatch: Stopwatch | None = None,
 ) -> Latency:
     """``artifact`` against the fastest of ``floats`` at each thread count, interleaved; footprints at the first count.
 
-    ``footprints`` is how many processes measure each footprint.
+    ``footprints`` is how many processes measure each footprint, ``stopwatch`` where: on this machine without one.
 
     Checks are ``latency_ratio``, ``latency_ms`` at the first thread count and the same with ``_2t`` … at others. A
     limit of the user's holds for the value; without one, an artefact whose ratio may be 1 or less passes: two runs of
     one file differ by noise, and that must not fail.
     """
-    limits = limits or {}
+    limits, stopwatch = limits or {}, stopwatch or Here()
     timings: dict[str, dict[int, Timing]] = {"reference": {}, artifact.name: {}}
     checks = []
     for count in threads:
-        run = compare([artifact, *floats], feeds, threads=count, max_seconds=max_seconds, seed=seed)
+        run = stopwatch.compare([artifact, *floats], feeds, threads=count, max_seconds=max_seconds, seed=seed)
         best = min(floats, key=lambda config: run[config.name].median_ms)
         if count == threads[0]:
             for config in (artifact, best):
                 run[config.name] = with_footprint(
-                    run[config.name], measure_memory(config, feeds[0], threads=count, repeats=footprints)
+                    run[config.name], stopwatch.memory(config, feeds[0], threads=count, repeats=footprints)
                 )
             checks += _footprint_checks(run[artifact.name], run[best.name], limits)
         timings["reference"][count] = run[best.name]

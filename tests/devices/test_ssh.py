@@ -74,7 +74,7 @@ def test_a_board_computes_what_this_machine_does_and_says_what_it_is(
     with open_device(board.address) as device:
         facts = device.facts
         assert same(device, config, feeds)
-        race = measure.compare(device, [config, TimedConfig("again", config.path)], feeds, seconds=1)
+        race = measure.compare(device, [config, TimedConfig("again", config.path)], feeds, max_seconds=1)
         footprint = measure.measure_memory(device, config, feeds[0], repeats=1)
     assert (facts.machine, facts.emulator) == ("aarch64", "qemu-aarch64-static")
     assert "asimddp" in facts.isa and "i8mm" not in facts.isa
@@ -207,7 +207,7 @@ def test_a_measurement_outlives_a_cut_link(board: Board, config: TimedConfig, fe
     with wired(board) as (wire, address), open_device(address) as device:
         threading.Timer(2.0, wire.cut).start()
         threading.Timer(4.0, wire.mend).start()
-        race = measure.compare(device, [config], feeds, seconds=5)
+        race = measure.compare(device, [config], feeds, max_seconds=5)
         jobs = [path.name for path in board.files.glob("var/tmp/edgeq-*/job-*.done")]
     assert race.timings["net"].median_ms > 0 and jobs == ["job-1.done"]
 
@@ -223,7 +223,7 @@ def test_a_link_cut_for_good_is_an_error_and_the_board_tidies_up_by_itself(
         open_device(address) as device,
     ):
         threading.Timer(2.0, wire.cut).start()
-        measure.compare(device, [config], feeds, seconds=60)
+        measure.compare(device, [config], feeds, max_seconds=60)
     assert left(board, seconds=15) == []
     end = time.monotonic() + 5.0
     while running(board) and time.monotonic() < end:
@@ -250,7 +250,7 @@ def test_a_job_that_dies_says_how(board: Board, config: TimedConfig, feeds: list
 
     with open_device(board.address) as device, pytest.raises(DeviceError, match=r"'compare'.*signal 9") as caught:
         threading.Thread(target=kill, daemon=True).start()
-        measure.compare(device, [config], feeds, seconds=600)
+        measure.compare(device, [config], feeds, max_seconds=600)
     assert "too little memory" in caught.value.hint
 
 
@@ -263,7 +263,7 @@ def test_a_board_that_restarts_does_its_job_anew(
     with arm64.board("a76", home, port=port) as before:
         device = open_device(before.address)
         found: list[measure.Race] = []
-        thread = threading.Thread(target=lambda: found.append(measure.compare(device, [config], feeds, seconds=3)))
+        thread = threading.Thread(target=lambda: found.append(measure.compare(device, [config], feeds, max_seconds=3)))
         thread.start()
         while not list(before.files.glob("var/tmp/edgeq-*/job-1.json")):
             time.sleep(0.2)

@@ -29,22 +29,28 @@ def outputs(
     device: Device, config: TimedConfig, feeds: Iterable[Feed], names: Sequence[str] = (), *, threads: int = 1
 ) -> Iterator[tuple[Feed, Feed]]:
     """Each feed with the outputs ``names`` (all without any) that the device computes from it, in order."""
+    for portion in _portions(feeds):
+        yield from _outputs(device, config, portion, names, threads, None)
+
+
+def graph(
+    device: Device, config: TimedConfig, feeds: Sequence[Feed], path: Path, names: Sequence[str] = ()
+) -> list[tuple[Feed, Feed]]:
+    """``outputs``; the graph the device's runtime made of the model, which is what really ran, goes to ``path``."""
+    return _outputs(device, config, feeds, names, 1, path)
+
+
+def _outputs(
+    device: Device, config: TimedConfig, feeds: Sequence[Feed], names: Sequence[str], threads: int, path: Path | None
+) -> list[tuple[Feed, Feed]]:
+    keeps = path is not None
+    result = _job(device, "outputs", [config], feeds, threads=threads, outputs=list(names), graph=keeps)
     with tempfile.TemporaryDirectory(prefix="edgeq-", ignore_cleanup_errors=True) as folder:
-        for portion in _portions(feeds):
-            result = _job(device, "outputs", [config], portion, threads=threads, outputs=list(names), graph=False)
-            (name, digest), *_ = result["files"].items()
-            path = Path(folder) / "outputs"
-            device.pull(name, path, digest)
-            device.drop([name])
-            yield from zip(portion, tensors.unpack(path, result["index"]), strict=True)
-
-
-def graph(device: Device, config: TimedConfig, feed: Feed, path: Path) -> None:
-    """Write the graph the device's runtime made of a model to ``path``: what really runs there."""
-    result = _job(device, "outputs", [config], [feed], threads=1, outputs=[], graph=True)
-    name, digest = next((name, digest) for name, digest in result["files"].items() if name.endswith(".onnx"))
-    device.pull(name, path, digest)
-    device.drop(list(result["files"]))
+        arrays = Path(folder) / "outputs"
+        for (name, digest), to in zip(result["files"].items(), filter(None, (arrays, path)), strict=True):
+            device.pull(name, to, digest)
+        device.drop(list(result["files"]))
+        return list(zip(feeds, tensors.unpack(arrays, result["index"]), strict=True))
 
 
 @dataclass(frozen=True)
@@ -62,13 +68,13 @@ def compare(
     feeds: Sequence[Feed],
     *,
     threads: int = 1,
-    seconds: float = 20.0,
+    max_seconds: float = 20.0,
     seed: int = 0,
 ) -> Race:
-    """Latency of ``configs`` on ``feeds`` taken in turn, interleaved on the device for about ``seconds``."""
+    """Latency of ``configs`` on ``feeds`` taken in turn, interleaved on the device for ``max_seconds``."""
     if len({config.name for config in configs}) != len(configs) or not configs:
         raise UsageError(f"names of timed configurations must differ, found {[config.name for config in configs]}")
-    result = _job(device, "compare", configs, feeds, threads=threads, seconds=seconds, seed=seed)
+    result = _job(device, "compare", configs, feeds, threads=threads, seconds=max_seconds, seed=seed)
     timings = {
         name: timing_of(found.pop("laps_ms"), threads=threads, warmup=2, **found)
         for name, found in result["timings"].items()
@@ -84,6 +90,22 @@ def measure_memory(device: Device, config: TimedConfig, feed: Feed, *, threads: 
         median(run["load_ms"] for run in runs),
         median(run["first_ms"] for run in runs),
     )
+
+
+class Clock:
+    """``timing.Stopwatch`` of a device; ``states``: what it said of its clocks and heat around each race."""
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self.states: list[Mapping[str, Any]] = []
+
+    def compare(self, configs: Sequence[TimedConfig], feeds: Sequence[Feed], **settings: Any) -> dict[str, Timing]:
+        race = compare(self.device, configs, feeds, **settings)
+        self.states += [race.before, race.after]
+        return race.timings
+
+    def memory(self, config: TimedConfig, feed: Feed, **settings: Any) -> Footprint:
+        return measure_memory(self.device, config, feed, **settings)
 
 
 def _job(

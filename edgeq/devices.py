@@ -1,0 +1,137 @@
+"""Packages on devices: which variant fits one, what it must repeat there, what its runtime made of it (L10)."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgeq.analyse.coverage import is_integer
+from edgeq.errors import DeviceError
+from edgeq.ir import io
+from edgeq.packaging import Golden, Variant, read_directory, read_manifest
+from edgeq.packaging.manifest import OLDEST_RUNTIME
+from edgeq.report.record import Check
+from edgeq.run.device import Device, measure, open_device, registry
+from edgeq.run.record import Feed
+from edgeq.run.timing import TimedConfig
+from edgeq.target.record import CPU, Provider
+
+
+def fitting(folder: Path, device: Device) -> tuple[Variant, Provider]:
+    """The first variant of a package that ``device`` has what it takes for, and how it is opened there.
+
+    DeviceError, with what each variant lacks, when there is none."""
+    lacking = []
+    for variant, row in zip(read_directory(folder).variants, read_manifest(folder)["variants"], strict=True):
+        if missing := _lacks(device, row["requires"]):
+            lacking.append(f"{row['name']} needs {', '.join(missing)}")
+        else:
+            return variant, Provider(row["requires"]["provider"], session=row["session"])
+    raise DeviceError(
+        f"{str(folder)!r} can't run on {device.address} ({device.facts.machine}): {'; '.join(lacking)}",
+        hint="export for it: edgeq export -t cpu-arm64" if device.facts.machine == "aarch64" else "export for it",
+    )
+
+
+def _lacks(device: Device, needs: dict[str, Any]) -> list[str]:
+    words = [word for word in needs["isa"] if not set(word.split("|")) & set(device.facts.isa)]
+    words += [needs["provider"]] if needs["provider"] != CPU.name else []
+    found = device.facts.runtime
+    if found and _numbers(found) < _numbers(needs["onnxruntime"]):
+        words.append(f"onnxruntime >= {needs['onnxruntime']}, found {found}")
+    return words
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(part) for part in re.findall(r"\d+", version)[:2]]
+
+
+def ran(device: Device, variant: Variant, provider: Provider) -> tuple[Check, Check]:
+    """What the golden runs are there: ``golden``, how many outputs differ by more than their tolerance (none may), and
+    ``integer_kernels``, how many the graph of the device's own runtime holds, and which."""
+    config, golden = TimedConfig(variant.name, variant.model, provider=provider), variant.golden
+    with tempfile.TemporaryDirectory(prefix="edgeq-") as folder:
+        path = Path(folder) / "graph.onnx"
+        runs = measure.graph(device, config, golden.inputs, path, list(golden.compared))
+        kernels = Counter(node.op_type for node in io.read(path).graph if is_integer(node))
+    return _repeated(golden, [found for _, found in runs]), _kernels(kernels, variant)
+
+
+def _repeated(golden: Golden, runs: list[Feed]) -> Check:
+    off, worst, count = 0, 0.0, 0
+    for found, expected in zip(runs, golden.outputs, strict=True):
+        for name, tolerance in golden.compared.items():
+            distance = _distance(found[name], expected[name])
+            off, count = off + (not distance <= tolerance), count + 1
+            worst = max(worst, distance / tolerance if tolerance else float(distance > 0))
+    note = f"of {count} outputs; the worst is off by {worst:.2g} of its tolerance"
+    return Check("golden", float(off), limit=0.0, passed=off == 0, samples=len(golden.inputs), note=note)
+
+
+def _kernels(found: Counter[str], variant: Variant) -> Check:
+    forecast = variant.report.coverage.integer_nodes if variant.report.coverage else None
+    told = ", ".join(f"{name} {count}" for name, count in found.most_common()) or "none"
+    note = told if forecast is None else f"{told}; forecast {forecast}"
+    return Check("integer_kernels", float(found.total()), note=note)
+
+
+def _distance(found: Any, expected: Any) -> float:
+    if found.shape != expected.shape:
+        return float("inf")
+    same = np.isnan(found) & np.isnan(expected) if found.dtype.kind == "f" else np.zeros(found.shape, bool)
+    gaps = np.abs(found.astype(np.float64) - expected.astype(np.float64))
+    return float(np.max(np.where(same, 0.0, gaps), initial=0.0))
+
+
+def facts_of(device: Device) -> dict[str, Any]:
+    """The device as plain data, for a report."""
+    return {"address": device.address, **asdict(device.facts)}
+
+
+def add(name: str, address: str) -> dict[str, Any]:
+    """Register the device at ``address``; it must answer."""
+    with open_device(address) as device:
+        registry.add(name, address, device.facts)
+        return facts_of(device)
+
+
+def examine(word: str) -> dict[str, str]:
+    """What is well and what isn't with a device, by name or address: a line a subject."""
+    with open_device(registry.address_of(word)) as device:
+        facts = device.facts
+        told = {
+            "address": device.address,
+            "machine": " ".join(filter(None, [facts.board, facts.machine, facts.system, f"{facts.cores} cores"])),
+            "memory": f"{facts.memory_bytes / 2**30:.1f} GiB, {facts.free_bytes / 2**30:.1f} GiB of disk free",
+            "python": facts.python,
+            "runtime": _runtime(device),
+            "instructions": ", ".join(facts.isa),
+            "governor": facts.governor or "not told",
+            "heat": ", ".join(f"{zone} {heat:.0f} °C" for zone, heat in facts.celsius.items()) or "not told",
+        }
+    if facts.governor not in ("", "performance"):
+        told["governor"] += ": latencies vary with it, `performance` makes them steady"
+    if facts.emulator:
+        told["emulator"] = f"{facts.emulator}: times on it say nothing about any device"
+    return told
+
+
+def _runtime(device: Device) -> str:
+    """What the runtime says when it is really loaded; a problem where it can't be used."""
+    if device.facts.missing:
+        missing = " and ".join(device.facts.missing)
+        return f"PROBLEM: no {missing}; install there: python3 -m pip install numpy onnxruntime"
+    try:
+        found = device.run({"task": "versions", "files": []})
+    except DeviceError as error:
+        return f"PROBLEM: {error.message}"
+    told = f"onnxruntime {found['onnxruntime']}, numpy {found['numpy']}, {', '.join(found['providers'])}"
+    if _numbers(found["onnxruntime"]) < _numbers(OLDEST_RUNTIME):
+        return f"PROBLEM: {told}; packages need onnxruntime >= {OLDEST_RUNTIME}"
+    return told

@@ -1,0 +1,71 @@
+"""Packages measured on ARM boards: what is told, what is refused, and that one file computes the same on every core."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import edgeq
+from edgeq.cli import main
+from edgeq.report.codec import from_json
+from edgeq.report.record import Report
+from tests import small_net
+from tests.devices.conftest import Boards
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with net.onnx, its data, arm.edgeq and x64.edgeq."""
+    folder = tmp_path_factory.mktemp("net")
+    net, calibration, evaluation = small_net.write(folder)
+    data = {"calibration": str(calibration), "evaluation": str(evaluation), "threads": [1]}
+    edgeq.export(net, out=folder / "arm.edgeq", target="cpu-arm64", **data)
+    edgeq.export(net, out=folder / "x64.edgeq", recipe="quantize", **data)
+    return folder
+
+
+def validated(made: Path, capsys: pytest.CaptureFixture[str], package: str, on: str, *more: str) -> str:
+    words = ["validate", str(made / package), "-c", str(made / "evaluation.npz"), "--on", on, "--threads", "1"]
+    main([*words, "--json", "-q", *more])
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("core", ["a72", "a76", "a715"])
+def test_a_package_keeps_its_promise_on_every_core(
+    core: str, made: Path, boards: Boards, at_home: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    board = boards(core)
+    at_home(board.home)
+    report: Report = from_json(validated(made, capsys, "arm.edgeq", board.address))
+    shipped = from_json((made / "arm.edgeq/report.json").read_text())
+    assert report.check("golden").passed, report.check("golden").note
+    assert shipped.coverage is not None
+    assert report.check("integer_kernels").value == shipped.coverage.integer_nodes, report.check("integer_kernels").note
+    assert report.check("snr_db").value == pytest.approx(shipped.check("snr_db").value, abs=1.0)
+    assert report.environment["device"]["emulator"] == "qemu-aarch64-static"
+    latency = report.check("latency_ratio")
+    assert latency.limit is None and "not a device measurement" in latency.note
+
+
+def test_files_for_another_processor_are_refused(
+    made: Path, boards: Boards, at_home: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    board = boards("a76")
+    at_home(board.home)
+    error = json.loads(validated(made, capsys, "x64.edgeq", board.address))["error"]
+    assert error["code"] == "device" and "aarch64" in error["message"] and "needs avx2" in error["message"]
+    assert "export -t cpu-arm64" in error["hint"]
+
+
+def test_an_emulated_clock_is_held_to_nothing(
+    made: Path, boards: Boards, at_home: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    board = boards("a76")
+    at_home(board.home)
+    error = json.loads(validated(made, capsys, "arm.edgeq", board.address, "--max-latency", "100"))["error"]
+    assert error["code"] == "usage" and "latency_ms" in error["message"]
