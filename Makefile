@@ -46,10 +46,11 @@ devices: venv  ## an ARM board made of QEMU, for tests/devices: needs Debian and
 	else echo "no mmdebstrap or qemu-aarch64-static, and no apt-get or root to install them"; fi
 	$(BIN)/python -m tests.devices
 
-browser:  ## Chromium and npm for tests/test_pages.py and test_web.py; in CI (CI=true) those tests fail without them
-	@command -v npm >/dev/null || if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
-		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq nodejs npm; \
-	else echo "no npm, and no apt-get or root to install it: install it to test web packages"; fi
+browser:  ## Chromium, npm, CMake and Kotlin for tests of pages and packages; in CI (CI=true) those fail without them
+	@{ command -v npm && command -v cmake && command -v c++ && command -v kotlinc; } >/dev/null || \
+	if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then apt-get update -qq && \
+		DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends nodejs npm cmake g++ kotlin; \
+	else echo "no npm, cmake, c++ or kotlinc, and no apt-get or root to install them: some packages go untested"; fi
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || \
 	if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
 		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium; \

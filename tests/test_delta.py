@@ -17,12 +17,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import edgeq
 from edgeq.cli import main
 from edgeq.errors import OutputError, PackageError
+from edgeq.ir import io
 from edgeq.packaging import Package, apply_delta, combined, create_key, read_public, sign, verify_package, write_delta
 from edgeq.packaging import write_directory as write
 from edgeq.packaging.delta import _index, _parts
 from tests.packaged import classifier, files
+from tests.zoo import ZOO
+from tests.zoo.packages import float_model
 
 
 def _louder(model: ir.Model) -> None:
@@ -195,3 +199,35 @@ def test_kill_at_any_moment_leaves_a_package_that_works(pair: tuple[Path, Path, 
         apply_delta(delta, place)  # what the killed one left behind is in nobody's way
         assert files(place) == after
     assert {True, False} == set(seen)
+
+
+@pytest.mark.zoo
+def test_two_exports_that_differ_in_a_few_layers_share_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MobileNetV2, and the same with three layers fine-tuned: what is sent is at most a fifth of the package."""
+    for part in ("CALIBRATION", "EVALUATION"):
+        monkeypatch.setenv(f"EDGEQ_ZOO_{part}", "16")
+    entry = ZOO["MBV2"]
+    model = io.read(float_model("MBV2"))
+    io.write(model, tmp_path / "old.onnx")
+    layers = [node for node in model.graph if node.op_type == "Conv"]
+    random = np.random.default_rng(0)
+    for node in layers[20:23]:
+        weight = node.inputs[1]
+        assert weight is not None and weight.const_value is not None
+        values = weight.const_value.numpy()
+        tuned = values + random.standard_normal(values.shape).astype(np.float32) * values.std() * np.float32(0.01)
+        weight.const_value = ir.tensor(tuned, name=weight.name)
+    io.write(model, tmp_path / "new.onnx")
+    for name in ("old", "new"):
+        edgeq.export(
+            tmp_path / f"{name}.onnx", calibration=entry.calibration, evaluation=entry.evaluation, threads=[1],
+            out=tmp_path / f"{name}.edgeq",
+        )  # fmt: skip
+    old, new = tmp_path / "old.edgeq", tmp_path / "new.edgeq"
+    sizes = write_delta(old, new, tmp_path / "new.delta")
+    assert sizes["delta"] <= 0.2 * sizes["package"], sizes
+    wanted = files(new)
+    apply_delta(tmp_path / "new.delta", old)
+    assert files(old) == wanted

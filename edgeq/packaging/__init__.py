@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from edgeq.packaging.android import write_android
 from edgeq.packaging.cpp import write_cpp
 from edgeq.packaging.delta import apply_delta, write_delta
 from edgeq.packaging.directory import (
@@ -12,6 +13,7 @@ from edgeq.packaging.directory import (
     verify_package,
     write_directory,
 )
+from edgeq.packaging.ios import write_ios
 from edgeq.packaging.oci import write_oci
 from edgeq.packaging.place import check_free, check_writable, is_package, package_in, unpacked
 from edgeq.packaging.postprocess import Postprocessing, labels_of, postprocessing_of
@@ -28,6 +30,8 @@ PACKAGES = {
     "cpp": write_cpp,
     "web": write_web,
     "oci": write_oci,
+    "android": write_android,
+    "ios": write_ios,
 }
 
 __all__ = [
