@@ -186,10 +186,10 @@ def test_kill_at_any_moment_leaves_a_package_that_works(pair: tuple[Path, Path, 
     subprocess.run([sys.executable, str(delta), str(trial)], check=True)
     took = time.perf_counter() - started
     seen = []
-    for step in range(24):
+    for step in range(12):
         place = shutil.copytree(old, tmp_path / f"{step}" / "net.edgeq")
         process = subprocess.Popen([sys.executable, str(delta), str(place)])
-        time.sleep(took * (step + 1) / 20)
+        time.sleep(took * (step + 1) / 10)
         process.kill()
         process.wait()
         found = files(place)
@@ -198,6 +198,7 @@ def test_kill_at_any_moment_leaves_a_package_that_works(pair: tuple[Path, Path, 
         seen.append(found == after)
         apply_delta(delta, place)  # what the killed one left behind is in nobody's way
         assert files(place) == after
+        assert [path.name for path in place.parent.iterdir()] == ["net.edgeq"]
     assert {True, False} == set(seen)
 
 

@@ -5,6 +5,7 @@ installed. The new package is built beside the old one from what both share and 
 checked, its own loader tries it, and only then do the two change places, in one step where the system can.
 """
 
+import contextlib
 import ctypes
 import errno
 import hashlib
@@ -35,7 +36,9 @@ def apply(delta: Path, package: Path, check: Callable[[Path], Any]) -> bool:
             return False
         if found != plan["old"]:
             raise ValueError(f"{delta} updates the package {plan['old'][:12]}…, {package} is {found[:12]}…")
-        folder = Path(tempfile.mkdtemp(prefix=f".{package.name}.", dir=package.parent))
+        _clear(package)
+        folder = Path(tempfile.mkdtemp(prefix=f".{package.name}.update.", dir=package.parent))
+        held = _lock(folder)
         try:
             folder.chmod(0o755)
             for name, facts in plan["files"].items():
@@ -46,7 +49,35 @@ def apply(delta: Path, package: Path, check: Callable[[Path], Any]) -> bool:
             swap(folder, package)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+            os.close(held)
     return True
+
+
+def _clear(package: Path) -> None:
+    """Remove what killed updates left: folders whose lock went with their process. Elsewhere than on POSIX systems
+    nothing tells them from those of an update at work, and they stay."""
+    if os.name != "posix":
+        return
+    for folder in package.parent.glob(f".{package.name}.update.*"):
+        with contextlib.suppress(BlockingIOError):  # an update at work
+            held = _lock(folder)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(held)
+
+
+def _lock(folder: Path) -> int:
+    """A descriptor that holds the folder until it is closed or its process ends. BlockingIOError: another holds it."""
+    if os.name != "posix":
+        return os.open(os.devnull, os.O_RDONLY)
+    import fcntl
+
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(held)
+        raise
+    return held
 
 
 def _build(path: Path, facts: dict[str, Any], package: Path, data: IO[bytes]) -> None:
