@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
@@ -9,10 +10,15 @@ import onnx_ir as ir
 from edgeq.analyse.observe import observe
 from edgeq.analyse.stats import Stats
 from edgeq.analyse.store import Store
+from edgeq.lower.fuse import fuse
 from edgeq.report.recorder import Recorder
-from edgeq.run.record import Samples
+from edgeq.rewrite.checked import Change
+from edgeq.run.record import Feed, Samples
 from edgeq.target.oracle import Oracle
 from edgeq.target.record import Target
+
+CHECK_SAMPLES = 2  # a rewrite is compared on so many samples: it is wrong everywhere or nowhere
+CheckedRewrite = Callable[[ir.Model, Sequence[Feed]], tuple[ir.Model, tuple[Change, ...]]]
 
 
 @dataclass
@@ -41,3 +47,18 @@ class Context:
             )  # fmt: skip
         self.recorder.notices.extend(found.notices)
         return found
+
+    def rewrite(self, step: str, model: ir.Model, run: CheckedRewrite) -> ir.Model:
+        """The model after a table of rewrites; what would change results is left out and named."""
+        feeds = [self.calibration.read(index) for index in range(min(CHECK_SAMPLES, len(self.calibration)))]
+        with self.recorder.step(step) as facts:
+            result, changes = run(model, feeds)
+            facts.update(nodes_before=model.graph.num_nodes(), nodes_after=result.graph.num_nodes())
+            facts["rewrites"] = {change.rewrite: change.nodes for change in changes if not change.rolled_back}
+        for change in (change for change in changes if change.rolled_back):
+            self.recorder.warn("rolled-back", f"rewrite {change.rewrite} was undone: {change.rolled_back}")
+        return result
+
+    def lower(self, model: ir.Model) -> ir.Model:
+        """The model in the kernels its target has."""
+        return self.rewrite("lower", model, lambda model, feeds: fuse(model, self.target, feeds=feeds))

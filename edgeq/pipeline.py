@@ -167,7 +167,7 @@ def _floats(
     drafts = [Draft("float as given", reference, source)]
     if prepared.model is not source:
         path = folder / "prepared.onnx"
-        emit(prepared.model.clone(), context.target, path)
+        emit(context.lower(prepared.model).clone(), context.target, path)
         with context.recorder.step("judge") as facts:
             facts["draft"] = "float prepared"
             checks = tuple(judge(path, context.target.simulation))
@@ -241,6 +241,7 @@ def _dump(folder: Path, source: ir.Model, prepared: steps.Prepared, settled: Set
     if settled.quantizer is not None and settled.quantizer.model is not prepared.model:
         stages.append(("evened", settled.quantizer.model))
     stages.append((settled.chosen.name.replace(" ", "-"), settled.chosen.model))
+    stages.append(("shipped", io.read(settled.chosen.path)))
     for index, (name, model) in enumerate(stages):
         io.write(model, folder / f"{index:02d}-{name}.onnx")
         (folder / f"{index:02d}-{name}.txt").write_text(to_text(model) + "\n", encoding="utf-8")

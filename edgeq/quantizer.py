@@ -27,6 +27,7 @@ from edgeq.analyse.stats import Stats
 from edgeq.context import Context
 from edgeq.ir import query, verify
 from edgeq.ir.ops import OPS
+from edgeq.lower.fuse import fuse
 from edgeq.num.quant import Coded
 from edgeq.report.record import AtomNoise, Coverage
 from edgeq.rewrite.qdq import insert_qdq
@@ -219,12 +220,14 @@ class Quantizer:
             self.keep_float.update(wrong)
 
     def fused(self, extra: Mapping[str, str] | None = None) -> tuple[placement.Plan, ir.Model, Coverage]:
-        """Plan, build and read back; what the runtime did not fuse is left float, until all that is planned runs."""
+        """Plan, build, lower and read back; what the runtime did not fuse is left float, until all planned runs. The
+        model returned isn't lowered."""
         for _ in range(FUSION_ROUNDS):
             plan = self._holdable(extra)
             model = self.build(plan)
             read = read_back if self.context.target.provider == CPU.name else taken.read_back
-            seen, wrong = read(model, plan, self.shapes, self.context.target)
+            lowered, _ = fuse(model, self.context.target)
+            seen, wrong = read(lowered, plan, self.shapes, self.context.target)
             if not wrong:
                 break
             self.keep_float.update(wrong)

@@ -40,20 +40,11 @@ EQUALIZE_HELD, EQUALIZE_SAMPLES = 0.25, 16  # share of the samples, and how many
 EQUAL = 1e-5  # noise-to-signal power up to which two float models are one
 LARGE = 1 << 18  # bytes of a table that is worth the nodes which decode its rows
 FREE_DB, FREE_SAMPLES = 40.0, 16  # of SNR on the outputs, a hundredth of the amplitude; how many samples tell
-CHECK_SAMPLES = 2  # a rewrite is compared on so many samples: it is wrong everywhere or nowhere
 
 
 def canonicalize(model: ir.Model, context: Context) -> ir.Model:
     """Fold, merge and re-fuse without changing results; what would change them is rolled back and named."""
-    with context.recorder.step("canonicalize") as facts:
-        feeds = [context.calibration.read(index) for index in range(min(CHECK_SAMPLES, len(context.calibration)))]
-        before = model.graph.num_nodes()
-        result, changes = canonicalize_model(model, feeds=feeds)
-        facts.update(nodes_before=before, nodes_after=result.graph.num_nodes())
-        facts["rewrites"] = {change.rewrite: change.nodes for change in changes if not change.rolled_back}
-    for change in (change for change in changes if change.rolled_back):
-        context.recorder.warn("rolled-back", f"rewrite {change.rewrite} was undone: {change.rolled_back}")
-    return result
+    return context.rewrite("canonicalize", model, lambda model, feeds: canonicalize_model(model, feeds=feeds))
 
 
 def smooth(model: ir.Model, context: Context) -> ir.Model:

@@ -11,15 +11,16 @@ import onnx_ir as ir
 from edgeq.analyse.saturation import certify
 from edgeq.errors import ModelError
 from edgeq.ir import query
+from edgeq.lower.fuse import newest_opset
 from edgeq.target.record import Target
 
 
 def legalize(model: ir.Model, target: Target) -> ir.Model:
     """The model itself when legal. Raises ModelError naming the first node or tensor that is not."""
-    opset = model.opset_imports.get("", 0)
-    if opset > target.opset:
+    opset, newest = model.opset_imports.get("", 0), newest_opset(target)
+    if opset > newest:
         raise ModelError(
-            f"the model uses opset {opset}, target {target.name!r} takes at most {target.opset}",
+            f"the model uses opset {opset}, target {target.name!r} takes at most {newest}",
             hint="export it with a lower opset",
         )
     for node in model.graph:

@@ -68,10 +68,12 @@ class Edit:
         attributes: dict[str, Any] | None = None,
         *,
         like: ir.Value | None = None,
+        domain: str = "",
     ) -> ir.Node:
         """A new node with one output, named after ``near``; not yet in the graph."""
         name = self.names.fresh(f"{near.name}/{op}")
-        return edits.make_node(op, inputs, name, self.names.fresh(f"{name}_output"), attributes, like=like)
+        output = self.names.fresh(f"{name}_output")
+        return edits.make_node(op, inputs, name, output, attributes, like=like, domain=domain)
 
     def swap(self, old: ir.Node, new: Sequence[ir.Node], *, name: str | None = None) -> None:
         """Put ``new`` in the place of ``old`` with its output names; the last takes over the node's name (or ``name``,

@@ -34,7 +34,7 @@ class Core:
     gamma: ir.Value | None
 
 
-def _uncast(value: ir.Value | None) -> ir.Value | None:
+def uncast(value: ir.Value | None) -> ir.Value | None:
     """The value behind Casts between float types."""
     while (node := producer(value, "Cast")) is not None and query.is_float(node.inputs[0]) and query.is_float(value):
         value = node.inputs[0]
@@ -43,14 +43,14 @@ def _uncast(value: ir.Value | None) -> ir.Value | None:
 
 def _core(node: ir.Node) -> Core | None:
     """Match the quotient: ``d / sqrt(v)``, ``d * reciprocal(sqrt(v))`` or ``d * v^-0.5``."""
-    for centred, total, gamma in _quotients(node):
-        difference, added = producer(_uncast(centred), "Sub"), producer(_uncast(total), "Add")
+    for centred, total, gamma in quotients(node):
+        difference, added = producer(uncast(centred), "Sub"), producer(uncast(total), "Add")
         pair = None if added is None else operands(added)
         epsilon = scalar(pair[1]) if pair is not None else None
         x = None if difference is None else difference.inputs[0]
         if difference is None or pair is None or epsilon is None or x is None:
             continue
-        mean, variance = _uncast(difference.inputs[1]), _uncast(pair[0])
+        mean, variance = uncast(difference.inputs[1]), uncast(pair[0])
         over = _mean_axes(_restored(mean), x)
         if not over or not all(_reduces_to_one(value, x, over) for value in (mean, variance)):
             continue
@@ -59,20 +59,20 @@ def _core(node: ir.Node) -> Core | None:
     return None
 
 
-def _quotients(node: ir.Node) -> list[tuple[ir.Value, ir.Value, ir.Value | None]]:
+def quotients(node: ir.Node) -> list[tuple[ir.Value, ir.Value, ir.Value | None]]:
     """(numerator, squared denominator, constant factor of the denominator's inverse) that the node may divide."""
     a, b = node.inputs[0], node.inputs[1]
     if a is None or b is None:
         return []
     if node.op_type == "Div":
-        root = producer(_uncast(b), "Sqrt")
+        root = producer(uncast(b), "Sqrt")
         return [] if root is None or root.inputs[0] is None else [(a, root.inputs[0], None)]
     found = []
     for numerator, factor in ((a, b), (b, a)):
         scaled = producer(factor, "Mul")
         pair = operands(scaled) if scaled is not None and read_once(factor) else None
         inverse, gamma = (factor, None) if pair is None else pair
-        if (square := _inverse_root(producer(_uncast(inverse), "Reciprocal", "Pow"))) is not None:
+        if (square := _inverse_root(producer(uncast(inverse), "Reciprocal", "Div", "Pow"))) is not None:
             found.append((numerator, square, gamma))
     return found
 
@@ -83,7 +83,9 @@ def _inverse_root(node: ir.Node | None) -> ir.Value | None:
         return None
     if node.op_type == "Pow":
         return node.inputs[0] if close(scalar(node.inputs[1]), -0.5) else None
-    root = producer(node.inputs[0], "Sqrt")
+    if node.op_type == "Div" and scalar(node.inputs[0]) != 1:
+        return None
+    root = producer(node.inputs[-1], "Sqrt")
     return None if root is None else root.inputs[0]
 
 
@@ -114,7 +116,7 @@ def _mean_axes(value: ir.Value | None, x: ir.Value) -> Axes:
         factors, scale = product(node.outputs[0])
         node = producer(factors[0], "ReduceSum") if len(factors) == 1 else None
     found, shape = (None if node is None else axes(node)), query.dims(x)
-    if node is None or found is None or shape is None or _uncast(node.inputs[0]) is not _uncast(x):
+    if node is None or found is None or shape is None or uncast(node.inputs[0]) is not uncast(x):
         return ()
     over = tuple(sorted(axis % len(shape) - len(shape) for axis in found))
     if node.op_type == "ReduceSum":
@@ -136,10 +138,10 @@ def _is_variance(value: ir.Value | None, difference: ir.Node, x: ir.Value, over:
     if gap is None:
         squares = _averaged(value)
         return squares is not None and _is_square(squares, difference) and _mean_axes(value, squares) == over
-    squares, mean = _averaged(gap.inputs[0]), _squared(gap.inputs[1])
+    squares, mean = _averaged(gap.inputs[0]), squared(gap.inputs[1])
     if squares is None or mean is None or _mean_axes(mean, x) != over:
         return False
-    return _uncast(_squared(squares)) is _uncast(x) and _mean_axes(gap.inputs[0], squares) == over
+    return uncast(squared(squares)) is uncast(x) and _mean_axes(gap.inputs[0], squares) == over
 
 
 def _averaged(value: ir.Value | None) -> ir.Value | None:
@@ -148,12 +150,12 @@ def _averaged(value: ir.Value | None) -> ir.Value | None:
     if value is not None and node is not None and node.op_type != "ReduceMean":
         factors, _ = product(value)
         node = producer(factors[0], "ReduceSum") if len(factors) == 1 else None
-    return None if node is None else _uncast(node.inputs[0])
+    return None if node is None else uncast(node.inputs[0])
 
 
-def _squared(value: ir.Value | None) -> ir.Value | None:
+def squared(value: ir.Value | None) -> ir.Value | None:
     """The x of ``x * x`` or ``x ^ 2``."""
-    node = producer(_uncast(value), "Pow", "Mul")
+    node = producer(uncast(value), "Pow", "Mul")
     if node is None:
         return None
     same = close(scalar(node.inputs[1]), 2.0) if node.op_type == "Pow" else node.inputs[0] is node.inputs[1]
@@ -162,7 +164,7 @@ def _squared(value: ir.Value | None) -> ir.Value | None:
 
 def _is_square(value: ir.Value | None, difference: ir.Node) -> bool:
     """``d^2`` of this difference or of one with the same operands."""
-    node = producer(_uncast(value), "Pow", "Mul")
+    node = producer(uncast(value), "Pow", "Mul")
     if node is None:
         return False
     if node.op_type == "Pow":
@@ -171,9 +173,9 @@ def _is_square(value: ir.Value | None, difference: ir.Node) -> bool:
 
 
 def _same_difference(value: ir.Value | None, difference: ir.Node) -> bool:
-    node = producer(_uncast(value), "Sub")
+    node = producer(uncast(value), "Sub")
     return node is difference or (
-        node is not None and [_uncast(a) for a in node.inputs] == [_uncast(b) for b in difference.inputs]
+        node is not None and [uncast(a) for a in node.inputs] == [uncast(b) for b in difference.inputs]
     )
 
 

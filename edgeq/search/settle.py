@@ -46,8 +46,9 @@ class Judge(Protocol):
 
 @dataclass(frozen=True)
 class Draft:
-    """A file that could ship. ``plan`` and ``coverage`` are None for float ones; ``asked``: a float file whose weights
-    are stored as the recipe says, which ships before other float files whether it is faster or not."""
+    """A file that could ship, and the model it was lowered from. ``plan`` and ``coverage`` are None for float ones;
+    ``asked``: a float file whose weights are stored as the recipe says, which ships before other float files whether it
+    is faster or not."""
 
     name: str
     path: Path
@@ -227,7 +228,7 @@ def _draft(
             context.recorder.info("no-gain", f"draft {name!r} is empty: no node left gains from integers here")
             return None
         path = folder / f"{name.replace(' ', '-').replace(',', '')}.onnx"
-        emit(legalize(model, context.target), context.target, path)
+        emit(context.lower(legalize(model, context.target)), context.target, path)
     return Draft(name, path, model, plan, seen, kept_float=extra or {}, quantizer=quantizer)
 
 

@@ -401,11 +401,12 @@ def check_ops(model: ir.Model, opset: int) -> None:
 def _nearest_op(op: str, opset: int) -> str:
     known = sorted({schema.name for schema in onnx.defs.get_all_schemas() if schema.domain == ""})
     if op in known:
-        return f"{op} exists since opset {_first(op)}; declare it"
+        return f"{op} exists since opset {first(op)}; declare it"
     near = difflib.get_close_matches(op, [name for name in known if _schema(name, opset)], n=1, cutoff=0.5)
     return f"did you mean {near[0]!r}?" if near else "export it as ONNX ops"
 
 
-def _first(op: str) -> int:
+def first(op: str) -> int:
+    """The opset an op came with."""
     history = onnx.defs.get_all_schemas_with_history()
     return min(int(schema.since_version) for schema in history if schema.name == op and not schema.domain)
