@@ -13,11 +13,12 @@ import onnx_ir as ir
 
 from edgeq import recipe as recipes
 from edgeq import steps
-from edgeq.analyse.place import free_costs, place
+from edgeq.analyse.forecast import forecast
+from edgeq.analyse.place import Plan, free_costs, place
 from edgeq.analyse.store import Store
 from edgeq.context import Context
 from edgeq.devices import facts_of, fitting, ran
-from edgeq.errors import PackageError, RecipeError
+from edgeq.errors import PackageError, RecipeError, UsageError
 from edgeq.facts import environment, samples_facts, source_facts, target_facts, timing_facts
 from edgeq.given import (
     Wanted,
@@ -28,6 +29,7 @@ from edgeq.given import (
     read_with_samples,
     samples_settings,
     samples_spec,
+    symbolic,
     target_of,
 )
 from edgeq.ir import query
@@ -52,16 +54,22 @@ def inspect(model: str | Path | ir.Model, *, target: str = "local", inputs: Sequ
     """What ``model`` is made of and what ``target`` could run in integers, without data. Nothing is written."""
     chosen, recorder = target_of(target, None), Recorder()
     source, info = read_model(model, opset=chosen.opset, pins=pins_of(inputs))
+    if chosen.static and (loose := symbolic(source)):
+        raise UsageError(
+            f"target {chosen.name!r} takes fixed shapes only, input {loose[0]!r} has others",
+            hint=f"pin it: --input {loose[0]}=1,3,224,224",
+        )
     context = Context(chosen, Oracle(chosen), random_samples(source, 1, 0), recorder)
     prepared = steps.apply(recipes.parse("canonicalize; quantize", steps.KNOWN), source, context)
     quantizer = prepared.quantizer
     assert quantizer is not None
-    forecast = _forecast(quantizer)
+    plan = place(quantizer.atoms, chosen, free_costs(quantizer.atoms))
     if any(None in (query.dims(value) or (None,)) for value in source.graph.inputs):
         recorder.info("dynamic", "dynamic axes are counted as 1: pin them with --input to see real work")
     return Report(
         source=source_facts(info, source), target=target_facts(chosen), recipe="inspect", steps=tuple(recorder.steps),
-        coverage=forecast, notices=tuple(recorder.notices), environment=environment(),
+        coverage=_coverage(quantizer, plan), forecast=tuple(forecast(quantizer.atoms, plan, chosen, context.oracle)),
+        notices=tuple(recorder.notices), environment=environment(),
         samples={"calibration": "random, shapes only"},
     )  # fmt: skip
 
@@ -209,9 +217,8 @@ def bench(
     )  # fmt: skip
 
 
-def _forecast(quantizer: Quantizer) -> Coverage:
+def _coverage(quantizer: Quantizer, plan: Plan) -> Coverage:
     """What the target has integer kernels for, from the oracle alone: whether they pay is measured by export."""
-    plan = place(quantizer.atoms, quantizer.context.target, free_costs(quantizer.atoms))
     total = sum(quantizer.work(atom) for atom in quantizer.atoms)
     integer = [atom for atom in quantizer.atoms if atom.name in plan.integer]
     movers = sum(atom.verdict.kind == "mover" for atom in integer)

@@ -106,10 +106,10 @@ def read_with_samples(
     with recorder.step("read") as facts:
         source, info = read_model(model, opset=target.opset, pins=pins)
         samples = load_samples(spec, source, limit=limit, **settings)
-        if target.static and _symbolic(source):
+        if target.static and symbolic(source):
             pins = {**_fixed_shapes(samples), **pins}
             source, info = read_model(model, opset=target.opset, pins=pins)
-            if loose := _symbolic(source):
+            if loose := symbolic(source):
                 raise UsageError(
                     f"target {target.name!r} takes fixed shapes only, and those of input {loose[0]!r} differ by sample",
                     hint=f"pin it with --input {loose[0]}=1,3,224,224 and give samples of that shape",
@@ -127,7 +127,7 @@ def read_with_samples(
     return source, info, samples
 
 
-def _symbolic(model: ir.Model) -> list[str]:
+def symbolic(model: ir.Model) -> list[str]:
     """Inputs with a dimension that isn't fixed."""
     fed = (value for value in model.graph.inputs if value.name not in model.graph.initializers)
     return [str(value.name) for value in fed if None in (query.dims(value) or (None,))]

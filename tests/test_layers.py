@@ -37,6 +37,7 @@ LAYERS = {
     "facts": 9,
     "given": 9,
     "search": 10,
+    "ahead": 10,
     "advice": 10.5,
     "devices": 10,
     "examine": 10.5,

@@ -98,7 +98,7 @@ def read_back(model: ir.Model, plan: Plan, shapes: Shapes, target: Target) -> tu
     """What the QDQ ``model`` becomes on ``target``, and the atoms that were planned integer but run in float, with the
     reason to plan them float. ``shapes``: concrete ones of the float model's values."""
     seen = optimised(model, target)
-    _propagate_types(seen.graph)
+    propagate_types(seen.graph)
     traced = trace(model, seen.graph)
     integer: list[ir.Node] = []
     movers: list[ir.Node] = []
@@ -191,7 +191,7 @@ def _unexplained(boundary: list[ir.Node], plan: Plan, traced: Trace) -> dict[str
     return odd
 
 
-def _propagate_types(graph: ir.Graph) -> None:
+def propagate_types(graph: ir.Graph) -> None:
     """Give the outputs of Q and QLinear kernels and of movers their integer type; saved graphs leave them out."""
     for node in graph:
         first = next((value for value in node.inputs if value is not None), None)

@@ -369,6 +369,29 @@ def device(words: tuple[str, ...]) -> Answer:
     return Answer(found, "\n".join(names.aligned({key: str(value) for key, value in found.items()})))
 
 
+@cli.command("compile", cls=Command, epilog=EPILOG)
+@click.argument("model")
+@click.option("-t", "--target", "targets", multiple=True, required=True, help="Target; repeat for several devices.")
+@click.option("-o", "--out", type=PATH, required=True, help="Folder of the compiled files.")
+@options.force
+@options.as_json
+def compile_(model: str, targets: tuple[str, ...], out: Path, force: bool) -> Answer:
+    """Compile MODEL ahead of time.
+
+    MODEL is a file or package exported for such a target. Each device gets a file of its own, which says what it was
+    compiled for; on another device it is refused.
+
+    \b
+    edgeq compile net.edgeq -t npu-qnn-v75 -t npu-qnn-v79 -o contexts/
+    """
+    from edgeq.ahead import compile_for
+
+    made = compile_for(model, targets, out, force=force)
+    tree = [{"path": str(one.path), "made_for": dict(one.made_for), "nodes": dict(one.nodes)} for one in made]
+    lines = [f"{one.path}  {', '.join(f'{key} {value}' for key, value in one.made_for.items())}" for one in made]
+    return Answer({"compiled": tree}, "\n".join(lines))
+
+
 @cli.command("list", cls=Command, epilog=EPILOG)
 @click.argument("kind", required=False)
 @options.as_json

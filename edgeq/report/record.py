@@ -123,6 +123,21 @@ class AtomNoise:
 
 
 @dataclass(frozen=True)
+class NodeForecast:
+    """Who will run a node, and in what. ``runs``: ``integer``, ``mover`` (codes pass), ``float``, or ``index`` for what
+    makes no floats; ``kernel``: the runtime's op, "" when the node is dropped or part of its neighbour's. ``fix``: what
+    would run in integers instead."""
+
+    node: str
+    op: str
+    provider: str
+    runs: str
+    kernel: str
+    why: str
+    fix: str = ""
+
+
+@dataclass(frozen=True)
 class Artifact:
     """A file that runs. ``digest`` is sha256 of the model with its weights; sizes in bytes, external data included."""
 
@@ -153,6 +168,7 @@ class Report:
     layers: tuple[dict[str, Any], ...] = ()  # name, op, snr_db, format: a row a quantised tensor
     sensitivity: tuple[AtomNoise, ...] = ()  # loudest first; of export only when a repair needed it
     candidates: tuple[dict[str, Any], ...] = ()  # what was measured: name, ships, why, …
+    forecast: tuple[NodeForecast, ...] = ()  # of inspect: a row a node, in graph order
     footprint: dict[str, Any] = field(default_factory=dict)  # formula, formats, kv_cache, memory: bytes before building
     advice: tuple[dict[str, Any], ...] = ()  # a row a tensor: values, candidates with predicted snr_db, format, why
     schema: int = SCHEMA

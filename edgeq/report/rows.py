@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgeq.report.record import Check, Island, Report, Saturation
+from edgeq.report.record import Check, Island, NodeForecast, Report, Saturation
 
 MIB = 1024.0 * 1024.0
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -236,6 +236,21 @@ def coverage_line(report: Report) -> str:
         return f"{share} could run on integers: {nodes}"
     left = f" · {len(found.unexplained)} unexplained Q/DQ" if found.unexplained else ""
     return f"{share} run on integers: {nodes}, {found.boundary_qdq} Q/DQ at their borders{left}"
+
+
+def forecast_rows(report: Report) -> list[dict[str, Any]]:
+    """Nodes of one fate a row, those that stay float first, most nodes first."""
+    groups: dict[tuple[str, ...], list[NodeForecast]] = {}
+    for row in report.forecast:
+        kernel = row.kernel or "none of its own"
+        reason = (row.why, row.fix) if row.runs == "float" else ("", "")
+        groups.setdefault((row.op, row.provider, row.runs, kernel, *reason), []).append(row)
+    ordered = sorted(groups.items(), key=lambda group: (group[0][2] != "float", -len(group[1])))
+    return [
+        {"nodes": len(rows), "op": op, "runs on": provider.removesuffix("ExecutionProvider"), "as": runs,
+         "kernel": kernel, "why": why, "instead": fix}
+        for (op, provider, runs, kernel, why, fix), rows in ordered
+    ]  # fmt: skip
 
 
 def saturation_line(found: Saturation) -> str:

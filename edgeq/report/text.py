@@ -28,6 +28,7 @@ def render(report: Report) -> Group:
         _checks(report),
         _latency(report),
         _coverage(report),
+        _forecast(report),
         *_footprint(report),
         *_advice(report),
         _sensitivity(report),
@@ -80,6 +81,16 @@ def _coverage(report: Report) -> Group | None:
         table.add_row(escape(island.node), escape(island.op), rows.number(island.macs), escape(island.reason))
     more = len(report.coverage.float_islands) - len(islands)
     return Group(line, table, *([Text(f"… and {more} more", style="dim")] if more else []))
+
+
+def _forecast(report: Report) -> Table | None:
+    found = rows.forecast_rows(report)
+    if not found:
+        return None
+    table = _table(*found[0], right=("nodes",))
+    for row in found:
+        table.add_row(*(escape(str(value)) for value in row.values()))
+    return table
 
 
 def _footprint(report: Report) -> list[Table | Text]:

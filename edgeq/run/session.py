@@ -21,6 +21,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 
 from edgeq.errors import ModelError, SampleError
 from edgeq.run.record import Array, Feed, Timing
+from edgeq.target.context import check_context
 from edgeq.target.isolated import Argument, IsolatedSession
 from edgeq.target.provider import RefusedError, check_taken, first_line, open_on, runtime_errors
 from edgeq.target.record import CPU, Provider
@@ -113,6 +114,8 @@ def _load(model: Path | bytes, provider: Provider, settings: Mapping[str, Any], 
     where = "the model in memory" if isinstance(model, bytes) else str(model)
     if isinstance(model, Path) and not model.is_file():
         raise ModelError(f"{where}: no such file", hint="give the path of an .onnx file")
+    if provider.library and isinstance(model, Path):
+        check_context(model, provider)
     try:
         if isolated and provider.name != CPU.name:
             return IsolatedSession(model, provider, settings)

@@ -30,7 +30,8 @@ def verdict(node: ir.Node, name: str, placed: Placement, target: Target) -> Verd
     if not owner:
         return Verdict("mover", "", f"{node.op_type} is dropped before {target.provider} sees the graph")
     if owner != target.provider:
-        return Verdict("float", node.op_type, f"{target.provider} doesn't take {node.op_type}: it runs on the CPU")
+        why = f"{target.provider} doesn't take {node.op_type}: it runs on the CPU"
+        return Verdict("float", node.op_type, why, owner)
     kernels = placed.kernels_of(name)
     if placed.kernels is None:
         return _taken(node, node.op_type, f"{target.provider} takes it with its Q/DQ")

@@ -8,6 +8,7 @@ call starts another.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import pickle
 import subprocess
@@ -105,7 +106,8 @@ class _Process:
     def close(self) -> None:
         for pipe in (self.child.stdin, self.child.stdout):
             if pipe is not None:
-                pipe.close()  # the other side reads the end of its input and leaves
+                with contextlib.suppress(BrokenPipeError):  # it is dead, and what was on the way to it has no reader
+                    pipe.close()  # the other side reads the end of its input and leaves
         self.child.wait()
         self.log.close()
 

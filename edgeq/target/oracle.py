@@ -29,7 +29,7 @@ from edgeq.target.record import CPU, Target
 from edgeq.target.runtime import disagreement, optimize, runtime_version
 from edgeq.target.verdict import COMPARING, KINDS, Kind, Verdict
 
-PROBE = 2  # raised when micro-models or the reading of verdicts change: older answers are asked again
+PROBE = 3  # raised when micro-models or the reading of verdicts change: older answers are asked again
 
 # What the runtime puts around a kernel; skipped on the way from an edge to the kernel that computed it.
 _PLUMBING = frozenset({"QuantizeLinear", "DequantizeLinear", "Reshape", "Transpose", "Cast", "Squeeze", "Unsqueeze"})
@@ -91,6 +91,17 @@ class Oracle:
             return tuple(Verdict("float", node.op_type, "control flow has no integer kernel") for node in asked.nodes)
         if not asked.quantized:
             return tuple(Verdict("float", node.op_type, "nothing to quantize on its edges") for node in asked.nodes)
+        return self._kept(asked)
+
+    def owner(self, node: ir.Node) -> str:
+        """The provider that runs ``node`` without Q/DQ around it, "" where it is folded away."""
+        if self.target.provider == CPU.name or holds_graph(node):
+            return CPU.name
+        verdict = self._kept(question((node,), set(), self.target))[0]
+        gone = verdict.kind == "mover" and not verdict.kernel
+        return "" if gone else verdict.provider or self.target.provider
+
+    def _kept(self, asked: Question) -> tuple[Verdict, ...]:
         key = self._prefix + signature(asked)
         if key not in self._known:
             self.sessions += 1
@@ -230,10 +241,10 @@ def _read_cache(path: Path) -> dict[str, tuple[Verdict, ...]]:
         return {}
 
 
-def _verdict(kind: Kind, kernel: str, reason: str) -> Verdict:
+def _verdict(kind: Kind, kernel: str, reason: str, provider: str) -> Verdict:
     if kind not in KINDS:
         raise ValueError(kind)
-    return Verdict(kind, kernel, reason)
+    return Verdict(kind, kernel, reason, provider)
 
 
 def _write_cache(path: Path, known: Mapping[str, tuple[Verdict, ...]]) -> None:

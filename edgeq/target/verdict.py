@@ -17,9 +17,10 @@ class Verdict:
     """What becomes of a node. ``kernel`` is the runtime's op type, "" when the node vanishes; ``reason`` a sentence.
 
     ``integer``: a kernel computes on codes. ``mover``: codes pass unchanged, Q/DQ around it are dropped (scales equal).
-    ``float``: Q/DQ stay around a float kernel.
+    ``float``: Q/DQ stay around a float kernel. ``provider``: who runs it, "" for the target's own.
     """
 
     kind: Kind
     kernel: str
     reason: str
+    provider: str = ""
