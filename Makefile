@@ -47,9 +47,9 @@ devices: venv  ## an ARM board made of QEMU, for tests/devices: needs Debian and
 	$(BIN)/python -m tests.devices
 
 browser:  ## Chromium, npm, CMake and Kotlin for tests of pages and packages; in CI (CI=true) those fail without them
-	@{ command -v npm && command -v cmake && command -v c++ && command -v kotlinc; } >/dev/null || \
+	@{ command -v npm && command -v cmake && command -v c++ && command -v kotlinc && command -v aarch64-linux-gnu-g++; } >/dev/null || \
 	if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then apt-get update -qq && \
-		DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends nodejs npm cmake g++ kotlin; \
+		DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends nodejs npm cmake g++ g++-aarch64-linux-gnu kotlin; \
 	else echo "no npm, cmake, c++ or kotlinc, and no apt-get or root to install them: some packages go untested"; fi
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || \
 	if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \

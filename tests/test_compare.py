@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from edgeq.cli import main
 from edgeq.packaging import write_directory
-from edgeq.report import codec
+from edgeq.report import codec, html
 from edgeq.report.compare import compare
 from edgeq.report.record import Check, Coverage, Island, Report
 from tests.packaged import REPORT, classifier
@@ -88,3 +89,18 @@ def test_packages_and_reports_compare_on_the_command_line(tmp_path: Path, capsys
     (tmp_path / "bad.json").write_text("{")
     assert main(["compare", str(package), str(tmp_path / "bad.json")]) == 2
     assert "not a report" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_page_fits_a_phone(browser: Any, tmp_path: Path) -> None:
+    (tmp_path / "page.html").write_text(html.render_comparison(compare(("a" * 90, "b" * 90), A, B)), encoding="utf-8")
+    wrong: list[str] = []
+    page = browser.new_page(viewport={"width": 390, "height": 800})
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("console", lambda message: wrong.append(message.text))
+    page.goto((tmp_path / "page.html").as_uri())
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    page.click("th button >> nth=0")
+    assert page.locator("th[aria-sort=ascending]").count() == 1
+    page.close()
+    assert wrong == []
