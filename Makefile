@@ -38,7 +38,7 @@ qemu:  ## CPUs this one isn't, for tests/test_saturation.py; in CI (CI=true) tho
 		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq qemu-user; \
 	else echo "no qemu-x86_64, and no apt-get or root to install it: install qemu-user to test under emulation"; fi
 
-devices: venv  ## an ARM board made of QEMU, for tests/devices: needs Debian and root; in CI those tests fail without it
+devices: venv browser  ## an ARM board made of QEMU (needs Debian and root) and a browser's runtime, for tests/devices
 	@command -v mmdebstrap >/dev/null && command -v qemu-aarch64-static >/dev/null && command -v ssh-keygen >/dev/null || \
 	if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
 		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \

@@ -21,7 +21,7 @@ MIB = 1024.0 * 1024.0
 BLOCKS = "▁▂▃▄▅▆▇█"
 SYNTHETIC = "SYNTHETIC DATA: the inputs are random numbers; accuracy on them says nothing about real use."
 
-EMULATED = "NOT A DEVICE MEASUREMENT: {} interpreted every instruction; the times say nothing about any device."
+EMULATED = "NOT A DEVICE MEASUREMENT: {} did the work; the times say nothing about any device."
 
 
 @dataclass(frozen=True)

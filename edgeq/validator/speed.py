@@ -88,6 +88,7 @@ def _footprint_checks(timing: Timing, best: Timing, limits: Limits) -> list[Chec
     return [
         held(name, Interval(float(value), None, None), limits, unit=unit, note=f"float: {quantity(float(other), unit)}")
         for name, unit, value, other in rows
+        if value  # a browser doesn't tell its memory
     ]
 
 

@@ -10,9 +10,10 @@ import pytest
 
 import edgeq
 from edgeq.cli import main
+from edgeq.packaging import PACKAGES
 from edgeq.report.codec import from_json
 from edgeq.report.record import Report
-from tests import small_net
+from tests import packaged, small_net
 from tests.devices.conftest import Boards
 
 pytestmark = pytest.mark.slow
@@ -25,7 +26,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     net, calibration, evaluation = small_net.write(folder)
     data = {"calibration": str(calibration), "evaluation": str(evaluation), "threads": [1]}
     edgeq.export(net, out=folder / "arm.edgeq", target="cpu-arm64", **data)
-    edgeq.export(net, out=folder / "x64.edgeq", recipe="quantize", **data)
+    x64 = PACKAGES["dir"](packaged.classifier(folder / "made"), folder / "x64.edgeq")
+    packaged.reseal(x64, lambda manifest: manifest["variants"][0]["requires"].update(isa=["avx2"]))
     return folder
 
 

@@ -1,4 +1,4 @@
-"""Devices by address: ``local``, ``ssh://user@host[:port]`` (L4).
+"""Devices by address: ``local``, ``ssh://user@host[:port]``, ``web://wasm``, ``web://webgpu`` (L4).
 
 Options come behind a question mark: ``?python=/path/to/python3`` names the device's interpreter, ``?folder=/path``
 where its disk has room.
@@ -60,4 +60,14 @@ def _ssh(address: str) -> Device:
     return Remote(plain, link, python=options.get("python", PYTHON), folder=options.get("folder", FOLDER))
 
 
-DEVICES: dict[str, Callable[[str], Device]] = {"local": _local, "ssh": _ssh}
+def _web(address: str) -> Device:
+    """A headless Chromium with onnxruntime-web from npm: web://wasm, web://webgpu."""
+    from edgeq.run.device.web import BUILDS, Browser
+
+    options, provider = _options(address, ("build", "ort", "adapter")), urlsplit(address).netloc
+    if provider not in BUILDS:
+        raise UsageError(f"{address!r} names no provider", hint="write web://wasm or web://webgpu")
+    return Browser(address.partition("?")[0], provider, **options)
+
+
+DEVICES: dict[str, Callable[[str], Device]] = {"local": _local, "ssh": _ssh, "web": _web}

@@ -14,7 +14,8 @@ class Facts:
     """What a device says of itself. ``runtime``: ONNX Runtime's version, "" without; ``missing``: modules.
 
     ``emulator`` says what interprets its instructions or draws for its GPU; "" on a device. Where it is set, no time
-    measured there says anything about a device.
+    measured there says anything about a device. ``providers``: those a session can be opened on; ``shows_graph``:
+    whether its runtime tells what it made of a model.
     """
 
     machine: str
@@ -31,6 +32,8 @@ class Facts:
     mhz: tuple[float, ...] = ()
     celsius: Mapping[str, float] = field(default_factory=dict)
     emulator: str = ""
+    providers: tuple[str, ...] = ("CPUExecutionProvider",)
+    shows_graph: bool = True
 
 
 class Device(Protocol):

@@ -246,12 +246,7 @@ class Remote:
                 if status == -9
                 else "the runtime there can't take this model",
             )
-        result: dict[str, Any] = told["result"]
-        if "error" in result:
-            kind, message = result["error"]
-            error, hint = FAILURES[kind]
-            raise error(f"{self.address}: {message}", hint=hint)
-        return result
+        return result_of(self.address, told["result"])
 
 
 # What the agent calls a failure -> the error it is here, and what to try.
@@ -262,6 +257,15 @@ FAILURES: dict[str, tuple[type[EdgeqError], str]] = {
     "model": (ModelError, "an opset or op newer than the runtime there needs a newer onnxruntime"),
     "run": (ModelError, "run it on this machine: `edgeq validate` without --on"),
 }
+
+
+def result_of(address: str, result: dict[str, Any]) -> dict[str, Any]:
+    """What a job gave. EdgeqError for what the device calls a failure."""
+    if "error" in result:
+        kind, message = result["error"]
+        error, hint = FAILURES[kind]
+        raise error(f"{address}: {message}", hint=hint)
+    return result
 
 
 def _last(text: str) -> str:
