@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from edgeq.advice import advise
     from edgeq.errors import EdgeqError
     from edgeq.examine import bench, inspect, sensitivity, validate
+    from edgeq.packages import compare, make_update, package, update
     from edgeq.packaging import verify_package
     from edgeq.pipeline import export
     from edgeq.report.codec import from_json, to_json
@@ -33,13 +34,17 @@ __all__ = [
     "__version__",
     "advise",
     "bench",
+    "compare",
     "export",
     "footprint",
     "from_json",
     "inspect",
     "load_target",
+    "make_update",
+    "package",
     "sensitivity",
     "to_json",
+    "update",
     "validate",
     "verify_package",
 ]
@@ -51,13 +56,17 @@ HOMES = {
     "Report": "edgeq.report.record",
     "advise": "edgeq.advice",
     "bench": "edgeq.examine",
+    "compare": "edgeq.packages",
     "export": "edgeq.pipeline",
     "footprint": "edgeq.sizes",
     "from_json": "edgeq.report.codec",
     "inspect": "edgeq.examine",
     "load_target": "edgeq.target.load",
+    "make_update": "edgeq.packages",
+    "package": "edgeq.packages",
     "sensitivity": "edgeq.examine",
     "to_json": "edgeq.report.codec",
+    "update": "edgeq.packages",
     "validate": "edgeq.examine",
     "verify_package": "edgeq.packaging",
 }

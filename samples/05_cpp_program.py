@@ -18,14 +18,14 @@ from pathlib import Path
 import onnxruntime
 from upside_down import export, line
 
-from edgeq.packages import package
+import edgeq
 
 RUNTIME = next((Path(onnxruntime.__file__).parent / "capi").glob("libonnxruntime.so*"))
 
 
 def main(out: Path) -> Path:
     """The program, in ``out/cpp/build``."""
-    package([export(out, "net.edgeq")], out=out / "cpp", form="cpp", force=True)
+    edgeq.package([export(out, "net.edgeq")], out=out / "cpp", form="cpp", force=True)
     subprocess.run(["cmake", "-S", out / "cpp", "-B", out / "cpp/build", "-DCMAKE_BUILD_TYPE=Release"], check=True)
     subprocess.run(["cmake", "--build", out / "cpp/build"], check=True)
     return next((out / "cpp/build").glob("*-run"))

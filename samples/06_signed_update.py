@@ -15,24 +15,23 @@ from pathlib import Path
 
 from upside_down import export
 
-from edgeq.packages import make_update, package, update
+import edgeq
 from edgeq.packaging import create_key
-from edgeq.report.record import Report
 
 
-def main(out: Path) -> tuple[Report, Report]:
+def main(out: Path) -> tuple[edgeq.Report, edgeq.Report]:
     """The update's sizes, and the report of the package it was applied to."""
     out.mkdir(parents=True, exist_ok=True)
     key, public = out / "team.pem", out / "team.pem.pub"
     if not key.exists():
         create_key(key)
     for name, calibration in (("old", 16), ("new", 20)):  # more pictures to calibrate on
-        package([export(out, f"{name}.edgeq", calibration=calibration)], key=key)
+        edgeq.package([export(out, f"{name}.edgeq", calibration=calibration)], key=key)
     installed = out / "installed.edgeq"
     shutil.rmtree(installed, ignore_errors=True)
     shutil.copytree(out / "old.edgeq", installed)
-    made = make_update(out / "old.edgeq", out / "new.edgeq", out / "new.delta")
-    return made, update(out / "new.delta", installed, trust=public)
+    made = edgeq.make_update(out / "old.edgeq", out / "new.edgeq", out / "new.delta")
+    return made, edgeq.update(out / "new.delta", installed, trust=public)
 
 
 if __name__ == "__main__":

@@ -163,7 +163,8 @@ def _candidates(data: Bytes, index: Index) -> Iterator[tuple[int, int]]:
     """Positions in ``data`` where a window has the hash of an old block, and that block's row in the index."""
     if data.size < index.block or not index.hashes.size:
         return
-    powers, inverses = _powers(BASE, SEGMENT + index.block), _powers(INVERSE, SEGMENT)
+    longest = min(SEGMENT, data.size)
+    powers, inverses = _powers(BASE, longest + index.block), _powers(INVERSE, longest)
     for start in range(0, data.size - index.block + 1, SEGMENT):
         part = data[start : start + SEGMENT + index.block - 1]
         sums = np.zeros(part.size + 1, np.uint64)
