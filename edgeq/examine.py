@@ -154,7 +154,7 @@ def validate(
                 model, variant.model, samples, metric=metric, limits=wanted.limits(), threads=counts,
                 provider=provider, seed=seed, device=device,
             )  # fmt: skip
-        told = {"device": facts_of(device)} if device else {}
+        told = {"device": {**facts_of(device), "states": list(validation.states)}} if device else {}
     return replace(
         variant.report, checks=(*on_device, *validation.checks), latency=timing_facts(validation.timings),
         steps=tuple(recorder.steps), notices=(*variant.report.notices, *recorder.notices),

@@ -56,6 +56,8 @@ def test_a_package_is_measured_on_a_device_by_its_name(
     assert report.check("integer_kernels").value == 0
     assert report.check("top1_drop").value == 0 and report.check("max_abs").value == 0
     assert report.check("peak_memory_bytes").value > 0 and report.latency["artifact"]["1"]["p99_ms"] > 0
+    before, after = report.environment["device"]["states"]
+    assert before.keys() == after.keys() == {"governor", "mhz", "celsius"}
     assert title(report) == "net.onnx → cpu on local · balanced" and banners(report) == []
     assert list((own / "work").iterdir()) == []
 

@@ -7,10 +7,11 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import onnx_ir
 
@@ -47,10 +48,11 @@ EMULATED_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Validation:
-    """All that was measured of one artefact."""
+    """All that was measured of one artefact; ``states``: a device's clocks and heat before and after each race."""
 
     checks: tuple[Check, ...]
     timings: dict[str, dict[int, Timing]]
+    states: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -85,6 +87,7 @@ def validate(
             io.write(reference, Path(folder) / "reference.onnx")
             reference = Path(folder) / "reference.onnx"
         judge = Judge(reference, samples, metric=metric, limits=limits, threads=max(threads), provider=provider)
+        clock = Clock(device) if device else None
         tested = TimedConfig("artifact", artifact, provider=provider)
         accurate = judge.judged(outputs(device, tested, samples, judge.outputs)) if device else judge(artifact)
         refuse_unmeasured(limits, accurate, timed=not emulated)
@@ -97,11 +100,11 @@ def validate(
             max_seconds=EMULATED_SECONDS if emulated else max_seconds,
             seed=seed,
             footprints=1 if emulated else FOOTPRINTS,
-            stopwatch=Clock(device) if device else None,
+            stopwatch=clock,
         )
         timed = [_unproven(check) if emulated else check for check in fast.checks]
         checks = (*accurate, *timed, *size(reference, artifact, limits))
-    return Validation(checks, fast.timings)
+    return Validation(checks, fast.timings, tuple(clock.states) if clock else ())
 
 
 def _unproven(check: Check) -> Check:

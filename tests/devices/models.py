@@ -27,9 +27,9 @@ def zoo(name: str, target: str, folder: Path) -> tuple[TimedConfig, list[Feed], 
 
 
 def integer(model: str, data: str, target: str, folder: Path) -> tuple[TimedConfig, list[Feed], Path]:
-    """A model in integers for ``target``, four samples, and its float model."""
+    """A model in integers for ``target``, two samples, and its float model."""
     chosen, recorder = load_target(target), Recorder(None)
-    read, _, samples = read_with_samples(model, data, chosen, recorder, limit=16)
+    read, _, samples = read_with_samples(model, data, chosen, recorder, limit=8)
     io.write(read, folder / "float.onnx")
     context = Context(chosen, Oracle(chosen), samples, recorder, Store(), max(chosen.threads), 0)
     quantizer = steps.apply(recipe.parse("canonicalize; smooth; quantize", steps.KNOWN), read, context).quantizer
@@ -37,7 +37,7 @@ def integer(model: str, data: str, target: str, folder: Path) -> tuple[TimedConf
     plan, made, _ = quantizer.fused()
     assert plan.integer
     io.write(made, folder / "int8.onnx")
-    feeds = [samples.read(index) for index in range(4)]
+    feeds = [samples.read(index) for index in range(2)]
     return TimedConfig("int8", folder / "int8.onnx", provider=chosen.execution), feeds, folder / "float.onnx"
 
 

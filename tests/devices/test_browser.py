@@ -40,7 +40,7 @@ def _browser() -> None:
 
 @pytest.fixture(scope="module")
 def net(tmp_path_factory: pytest.TempPathFactory) -> Net:
-    """small_net in integers, four samples, the float file."""
+    """small_net in integers, two samples, the float file."""
     folder = tmp_path_factory.mktemp("net")
     model, calibration, _ = small_net.write(folder)
     return integer(str(model), str(calibration), "web-wasm", folder)
