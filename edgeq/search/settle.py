@@ -56,7 +56,7 @@ class Draft:
     plan: Plan | None = None
     coverage: Coverage | None = None
     checks: tuple[Check, ...] = ()
-    relieved: bool = False  # has as little noise as the recipe asks for
+    relief: int = 0  # 1: has as little noise as the recipe asks for; 2: and won back half of the metric's drop
     kept_float: Mapping[str, str] = field(default_factory=dict)
     asked: bool = False
     quantizer: Quantizer | None = None  # that made it
@@ -90,7 +90,7 @@ def settle(
     accurate = [draft for draft in drafts if draft.accurate]
     ratios, best_float, proven = _proven(list(floats), accurate, feeds, context)
     unproven = next((draft for draft in floats if draft.asked), best_float)
-    proven = [draft for draft in proven if draft.relieved] or proven
+    proven = [draft for draft in proven if draft.relief == max(one.relief for one in proven)]
     chosen = min(proven, key=lambda draft: _cost(draft, ratios), default=unproven)
     rows = [_row(draft, ratios.get(draft.name), chosen, best_float) for draft in (*floats, *drafts)]
     if quantizer is not None and chosen is unproven:
@@ -185,9 +185,13 @@ def _relief(drafts: Sequence[Draft], judge: Judge, context: Context, folder: Pat
         made.append(_judged(draft, judge, context))
         if made[-1].accurate and _drop(made[-1]) <= _drop(best) / 2:
             break
-    gained = [draft for draft in made if draft.accurate and _snr(draft) - _snr(best) >= quantizer.relief_db / 2]
-    closing = [draft.name for draft in gained if _drop(draft) <= _drop(best) / 2] or [draft.name for draft in gained]
-    return [replace(draft, relieved=draft.name in closing) for draft in made]
+    return [replace(draft, relief=_relief_of(draft, best, quantizer.relief_db)) for draft in made]
+
+
+def _relief_of(draft: Draft, best: Draft, wanted_db: float) -> int:
+    if _snr(draft) - _snr(best) < wanted_db / 2:
+        return 0
+    return 2 if _drop(draft) <= _drop(best) / 2 else 1
 
 
 def _drop(draft: Draft) -> float:
@@ -320,8 +324,8 @@ def _row(draft: Draft, ratios: Sequence[Ratio] | None, chosen: Draft, best_float
         why = "the best float file" if draft is best_float else "not the fastest float file"
     elif any(r.high >= 1 for r in ratios):
         why = "not proven faster than the best float file"
-    elif chosen.relieved and not draft.relieved:
-        why = "accurate and faster than float, but with more noise than the recipe asks for"
+    elif chosen.relief > draft.relief:
+        why = "accurate and faster than float, but the recipe asks for less noise, or less of a drop"
     else:
         why = "accurate and faster than float, but not the fastest"
     return {
