@@ -161,6 +161,7 @@ def test_soc_the_library_refuses_is_no_silent_run_on_the_cpu(files: Path, tmp_pa
     with pytest.raises(RuntimeUnavailableError, match="took no node: all of the model would run on the CPU") as error:
         open_session(files / "net.onnx", provider=target.execution)
     assert "soc_model=9999" in error.value.message
+    assert "QNN_DEVICE_ERROR_INVALID_CONFIG" in error.value.hint, "what the provider itself said"
 
 
 # --- the process of its own -----------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import os
 import pickle
+import re
 import subprocess
 import sys
 import tempfile
@@ -96,7 +97,9 @@ class _Process:
         except (EOFError, OSError, pickle.UnpicklingError) as error:
             raise self._died() from error
         if kind == "error":
-            raise getattr(errors, answer[0])(answer[1], hint=answer[2])
+            name, message, hint = answer
+            said = self._said(2) if name == RuntimeUnavailableError.__name__ else ""
+            raise getattr(errors, name)(message, hint=f"{hint}; it said: {said}" if said else hint)
         if kind == "refused":
             raise RefusedError(*answer)
         if kind == "bug":
@@ -111,14 +114,18 @@ class _Process:
         self.child.wait()
         self.log.close()
 
+    def _said(self, lines: int) -> str:
+        """The last lines that the provider and the runtime printed there, without their colours."""
+        self.log.seek(0)
+        text = re.sub(r"\x1b\[[0-9;]*m", "", self.log.read().decode(errors="replace"))
+        return " | ".join([line.strip() for line in text.splitlines() if line.strip()][-lines:])
+
     def _died(self) -> RuntimeUnavailableError:
         self.child.kill()
         status = self.child.wait()
         how = f"signal {-status}" if status < 0 else f"exit status {status}"
-        self.log.seek(0)
-        told = [line for line in self.log.read().decode(errors="replace").splitlines() if line.strip()][-3:]
         return RuntimeUnavailableError(
-            f"the process of the provider ended with {how}: {' | '.join(told) or 'no message'}",
+            f"the process of the provider ended with {how}: {self._said(3) or 'no message'}",
             hint="signal 9 is mostly too little memory; else the provider can't take this model on this machine",
         )
 
