@@ -257,7 +257,8 @@ class Quantizer:
         """Replace the default costs by profiles of this machine."""
         feeds = list(take(self.context.calibration, PROFILE_SAMPLES))
         with self.context.recorder.step("profile"):
-            self.costs = measure(self.model, integer_model, plan, feeds, self.shapes, self.context.target)
+            lowered, _ = fuse(integer_model, self.context.target)
+            self.costs = measure(self.model, lowered, plan, feeds, self.shapes, self.context.target)
         self.profiled = True
 
     def sensitivity(self, plan: placement.Plan) -> dict[str, float]:

@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from edgeq.analyse.aligned import aligned
 from edgeq.analyse.place import Atom, Plan
 from edgeq.analyse.saturation import kernel_rows, unsaturated
 from edgeq.analyse.stats import MASK, Stats
@@ -79,6 +80,9 @@ def encode(
             method = _method(origin, products, ranges)
             activations[origin] = _activation(origin, plan.tensors.get(origin, quant), stats, target, method)
         activations[name] = activations[origin]
+    moved = aligned(plan, activations)
+    origins = {name: root(name, plan.ties) for name in plan.tensors}
+    activations.update({name: moved[origin] for name, origin in origins.items() if origin in moved})
     activations.update(_clipped(plan, activations))
     constants: dict[Edge, Coded] = {}
     biases: dict[Edge, tuple[NDArray[np.int32], NDArray[np.float32]]] = {}

@@ -34,6 +34,10 @@ FLOAT_NS_ELEMENT, INT_NS_ELEMENT = 0.35, 0.25
 BOUNDARY_NS_ELEMENT = 0.45
 
 
+FUSED = {"HardSigmoid": ("Clip", "Clip"), "HardSwish": ("Clip", "QLinearMul"), "Pad": ("Pad", "Pad")}
+"""Op type that lowering computes on codes -> the kernel that a target's ``fuse`` must name, and the one that runs."""
+
+
 @dataclass(frozen=True)
 class Atom:
     """Nodes that run as one kernel. ``inputs`` and ``constants`` (input indices) are the edges to quantize, ``bias``
@@ -94,7 +98,7 @@ def find_atoms(model: ir.Model, target: Target, oracle: Oracle) -> tuple[Atom, .
     for node in model.graph:
         if node in absorbed or node.domain not in ("", "ai.onnx"):
             continue
-        atom = _atom(node, asked, oracle)
+        atom = _fused(node, target) or _atom(node, asked, oracle)
         absorbed.update(atom.tail)
         found.append(atom)
     return tuple(found)
@@ -111,6 +115,36 @@ def _atom(node: ir.Node, asked: set[str], oracle: Oracle) -> Atom:
     if any(value.name and not value.uses() and not value.is_graph_output() for value in node.outputs):
         return _float_atom(node, "nobody reads one of its outputs")  # its Q would be dropped, and nothing fuses then
     return _ask(node, inputs, constants, oracle)
+
+
+def _fused(node: ir.Node, target: Target) -> Atom | None:
+    """The atom of a node that lowering computes on codes."""
+    asked, kernel = FUSED.get(node.op_type, ("", ""))
+    source = node.inputs[0] if node.inputs else None
+    if asked not in target.fuse or source is None or query.is_constant(source) or not query.is_float(source):
+        return None
+    if node.op_type == "HardSigmoid" and not _own_scale(node, source):
+        return None
+    if node.op_type == "Pad" and not _pads_zeros(node):
+        return None
+    verdict = Verdict("mover" if kernel == "Pad" else "integer", kernel, f"edgeq makes {kernel} on codes of it")
+    return Atom(node, (), (source,), (), tuple(node.outputs), verdict)
+
+
+def _own_scale(node: ir.Node, source: ir.Value) -> bool:
+    """Whether a HardSigmoid may choose the scale of what it reads, and has its middle on a code."""
+    before = source.producer()
+    row = OPS.get(before.op_type) if before is not None else None
+    tied = before is None or source.is_graph_output() or (row is not None and row.keeps_scale)
+    beta, alpha = query.attribute(node, "beta", 0.5), query.attribute(node, "alpha", 0.2)
+    return not tied and len(source.uses()) == 1 and alpha > 0 and beta == 0.5
+
+
+def _pads_zeros(node: ir.Node) -> bool:
+    value = node.inputs[2] if len(node.inputs) > 2 else None
+    filled = query.constant(value)
+    zeros = value is None or (filled is not None and not filled.any())
+    return query.attribute(node, "mode", "constant") == "constant" and zeros
 
 
 def _float_atom(node: ir.Node, reason: str) -> Atom:

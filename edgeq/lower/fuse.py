@@ -16,7 +16,7 @@ import onnx
 import onnx_ir as ir
 
 from edgeq.errors import TargetError, did_you_mean
-from edgeq.lower import attention, normalize, products, rotary
+from edgeq.lower import attention, codes, normalize, products, rotary
 from edgeq.rewrite.checked import Change, rewritten
 from edgeq.rewrite.match import Rewrite
 from edgeq.run.record import Feed
@@ -28,6 +28,9 @@ FUSIONS: tuple[tuple[str, str, Rewrite], ...] = (
     ("rotate", "RotaryEmbedding", rotary.rotate),
     ("rotate-rows", "RotaryEmbedding", rotary.rotate_rows),
     ("attend", "Attention", attention.attend),
+    ("clip-codes", "Clip", codes.clip_codes),
+    ("multiply-codes", "Clip", codes.multiply_codes),
+    ("pad-codes", "Pad", codes.pad_codes),
     ("add-inside", "MatMulIntegerToFloat", products.add_inside),
     ("keep-sum-apart", "Sum", normalize.keep_sums_apart),
 )
