@@ -21,16 +21,25 @@ A_LAYER = {"Attention": 1, "RotaryEmbedding": 2, "MatMul": 7, "RMSNormalization"
 
 
 def llama(attention: str) -> Any:
+    """(ids, mask) -> logits."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=48, intermediate_size=64, num_hidden_layers=LAYERS, num_attention_heads=6,
-        num_key_value_heads=2, max_position_embeddings=64, attn_implementation=attention, use_cache=False,
-        return_dict=False,
+        num_key_value_heads=2, max_position_embeddings=64, attn_implementation=attention,
     )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
+
+    class Logits(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = LlamaForCausalLM(config)
+
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+            return self.network(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+
+    return Logits().eval()
 
 
 def export(attention: str, opset: int, path: Path) -> None:
