@@ -35,6 +35,7 @@ def place(tmp_path: Path) -> str:
     return f"local?folder={tmp_path / 'work'}"
 
 
+@pytest.mark.slow
 def test_this_machine_as_a_device(place: str, config: TimedConfig, tmp_path: Path) -> None:
     feeds = [{"x": normal(count, 64)} for count in (1, 2, 3)]
     here = open_session(config.path)

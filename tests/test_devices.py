@@ -44,6 +44,7 @@ def words(made: Path, package: Path, on: str) -> list[str]:
     return ["validate", str(package), *data, "--on", on, "--threads", "1", "-q"]
 
 
+@pytest.mark.slow
 def test_a_package_is_measured_on_a_device_by_its_name(
     made: Path, own: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -62,6 +63,7 @@ def test_a_package_is_measured_on_a_device_by_its_name(
     assert list((own / "work").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_golden_runs_that_are_not_repeated_fail(made: Path, own: Path, capsys: pytest.CaptureFixture[str]) -> None:
     copy = shutil.copytree(made / "net.edgeq", own / "copy.edgeq")
     packaged.reseal(copy, lambda manifest: manifest["variants"][0]["golden"]["tolerances"].update(logits=-1.0))
