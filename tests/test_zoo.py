@@ -198,6 +198,9 @@ def test_peer_that_dies_is_a_result(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+SAYS = {"04_web_page": "npm start", "05_cpp_program": "it was up", "06_signed_update": "% of the package"}
+
+
 @pytest.mark.parametrize("sample", sorted((REPOSITORY / "samples").glob("[0-9]*.py")), ids=lambda path: path.stem)
 def test_sample_runs(sample: Path, tmp_path: Path) -> None:
     done = subprocess.run(
@@ -205,5 +208,5 @@ def test_sample_runs(sample: Path, tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "ships" in done.stdout
-    assert len(list((tmp_path / "out").glob("*.edgeq"))) == 1
+    assert SAYS.get(sample.stem, "ships") in done.stdout
+    assert list((tmp_path / "out").iterdir())

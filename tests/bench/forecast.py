@@ -14,6 +14,7 @@ from edgeq import steps
 from edgeq.analyse.forecast import forecast, ran
 from edgeq.analyse.place import free_costs, place
 from edgeq.context import Context
+from edgeq.lower.fuse import fuse
 from edgeq.report.recorder import Recorder
 from edgeq.run.samples import load_samples
 from edgeq.source import read_model
@@ -42,7 +43,8 @@ def compare(name: str, target_name: str) -> tuple[int, int, list[str]]:
     ).quantizer
     assert quantizer is not None
     plan = place(quantizer.atoms, target, free_costs(quantizer.atoms))
-    done = ran(quantizer.build(plan), plan, target)
+    lowered, _ = fuse(quantizer.build(plan), target)
+    done = ran(lowered, plan, target)
     heads = {str(node.name): atom.name for atom in plan.atoms for node in atom.nodes}
     told = list(forecast(quantizer.atoms, plan, target, context.oracle))
     wrong = [
