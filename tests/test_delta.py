@@ -202,6 +202,14 @@ def test_kill_at_any_moment_leaves_a_package_that_works(pair: tuple[Path, Path, 
     assert {True, False} == set(seen)
 
 
+def test_what_an_update_killed_after_the_exchange_left_is_removed(pair: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    old, new, delta = pair
+    place = shutil.copytree(new, tmp_path / "net.edgeq")
+    shutil.copytree(old, tmp_path / ".net.edgeq.update.abc")
+    assert not apply_delta(delta, place)
+    assert [path.name for path in tmp_path.iterdir() if "net.edgeq" in path.name] == ["net.edgeq"]
+
+
 @pytest.mark.zoo
 def test_two_exports_that_differ_in_a_few_layers_share_the_rest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -32,7 +32,8 @@ def apply(delta: Path, package: Path, check: Callable[[Path], Any]) -> bool:
     with zipfile.ZipFile(delta) as archive, archive.open(DATA) as data:
         plan = json.loads(archive.read(DELTA))
         found = hashlib.sha256((package / "manifest.json").read_bytes()).hexdigest()
-        if found == plan["new"]:
+        if found == plan["new"]:  # perhaps by an update that was killed before it had tidied up
+            _clear(package)
             return False
         if found != plan["old"]:
             raise ValueError(f"{delta} updates the package {plan['old'][:12]}…, {package} is {found[:12]}…")
