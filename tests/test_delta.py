@@ -202,7 +202,7 @@ def test_kill_at_any_moment_leaves_a_package_that_works(pair: tuple[Path, Path, 
     assert {True, False} == set(seen)
 
 
-def test_what_an_update_killed_after_the_exchange_left_is_removed(pair: tuple[Path, Path, Path], tmp_path: Path) -> None:
+def test_what_an_update_killed_after_the_exchange_left_goes(pair: tuple[Path, Path, Path], tmp_path: Path) -> None:
     old, new, delta = pair
     place = shutil.copytree(new, tmp_path / "net.edgeq")
     shutil.copytree(old, tmp_path / ".net.edgeq.update.abc")
