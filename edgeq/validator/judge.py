@@ -4,7 +4,7 @@ The outputs are compared sample by sample and only the scores are kept, instead 
 grow with the samples. The reference's outputs are kept while they are small, since a repair loop asks again and again.
 
 Which limits hold when the user sets none on accuracy: the metric drops by at most what ``MAX_DROPS`` says, else by
-``MAX_DROP``, rounded up to whole samples where those are right or wrong, since less than one can't be told (graded
+``MAX_DROP``, or where samples are right or wrong and fewer than 200 by one of them, since less can't be told (graded
 scores, and metrics of all samples such as an AUC, can fall by less); a class-like output agrees in its largest class on
 ``MIN_AGREEMENT`` of the positions, any other has a cosine of ``MIN_COSINE``; integer outputs match in ``MIN_AGREEMENT``
 of the samples.
@@ -36,6 +36,7 @@ from edgeq.validator.score import Score, Scores, score_of
 
 MAX_DROP, MIN_AGREEMENT, MIN_COSINE = 0.005, 0.97, 0.99
 MAX_DROPS = {"perplexity": 0.02}  # a share of the reference's
+ONE_SAMPLE = 1.001  # a sample and the rounding of the division
 CACHE_BYTES = 64 << 20  # outputs of the reference kept between calls of one Judge
 PERFECT = {"cosine": 1.0, "exact_match": 1.0, "agreement_top1": 1.0}
 WORST = {"snr_db": -np.inf, "cosine": -np.inf, "max_abs": np.inf}  # of outputs that differ in shape; else 0
@@ -198,8 +199,8 @@ class Judge:
         if self._score is None:
             return []
         name, count, limits = self._score.name, len(self.samples), self._limits
-        if not self._given and expected.step:
-            limits = {**limits, f"{name}_drop": _whole(limits[f"{name}_drop"], expected.step)}
+        if not self._given:
+            limits = {**limits, f"{name}_drop": max(limits[f"{name}_drop"], ONE_SAMPLE * expected.step)}
         before, after, drop = expected.value(), found.value(), expected.drop_to(found)
         note = ""
         if name == "top1" and before.high is not None and before.high < 0.1:
@@ -233,11 +234,6 @@ class Judge:
 def accuracy(reference: Path | onnx_ir.Model, artifact: Path, samples: Samples, **settings: Any) -> tuple[Check, ...]:
     """Accuracy checks of one artefact; ``settings`` are those of ``Judge``."""
     return Judge(reference, samples, **settings)(artifact)
-
-
-def _whole(limit: float, step: float) -> float:
-    """The least number of steps that is no less than ``limit``."""
-    return math.ceil(limit / step * (1 - 1e-9)) * step
 
 
 def _same_outputs(wanted: Sequence[str], session: onnxruntime.InferenceSession, path: Path) -> None:
