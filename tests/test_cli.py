@@ -13,7 +13,7 @@ import click
 import pytest
 
 from edgeq.cli import bars, main, names
-from edgeq.cli.commands import cli
+from edgeq.cli.group import cli
 from edgeq.errors import TargetError
 from edgeq.packaging import Package, write_directory
 from edgeq.report.codec import from_json

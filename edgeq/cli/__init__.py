@@ -14,7 +14,8 @@ from typing import Any
 
 import click
 
-from edgeq.cli.commands import Answer, cli
+from edgeq.cli import models, naming, packages  # noqa: F401 - importing them adds their commands
+from edgeq.cli.group import Answer, cli
 from edgeq.errors import EdgeqError
 
 FAILED, USAGE, BUG, INTERRUPTED = 1, 2, 70, 130  # 70 is EX_SOFTWARE: a crash must not read as a failed check
