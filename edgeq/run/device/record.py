@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Facts:
     shows_graph: bool = True
 
 
-class Device(Protocol):
+class Device(ABC):
     """A place where models run: files go there, jobs run on them, files come back, nothing stays.
 
     A job is plain data: its ``task``, the ``files`` it uses by name, and what the task wants (see ``measure``). Files
@@ -46,22 +47,30 @@ class Device(Protocol):
     address: str
     facts: Facts
 
+    @abstractmethod
     def push(self, name: str, path: Path) -> None:
         """Send a file unless the device has it under that name."""
 
+    @abstractmethod
     def run(self, job: Mapping[str, Any]) -> dict[str, Any]:
         """Do one job and return what it found out. EdgeqError when it fails; see ``remote``."""
 
+    @abstractmethod
     def pull(self, name: str, path: Path, digest: str) -> None:
         """Fetch a file a job made."""
 
+    @abstractmethod
     def drop(self, names: list[str]) -> None:
         """Remove files that aren't needed any more."""
 
-    def close(self) -> None: ...
+    @abstractmethod
+    def close(self) -> None:
+        """Remove all that was sent or made."""
 
-    def __enter__(self) -> Self: ...
+    def __enter__(self) -> Self:
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    ) -> None:
+        self.close()

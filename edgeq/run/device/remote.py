@@ -15,13 +15,12 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 from edgeq.errors import DeviceError, EdgeqError, ModelError, RuntimeUnavailableError
 from edgeq.ir import io
 from edgeq.run.device.link import Link, LinkCutError
-from edgeq.run.device.record import Facts
+from edgeq.run.device.record import Device, Facts
 
 AGENT = Path(__file__).parent / "agent.py"
 PYTHON, FOLDER = "python3", "/var/tmp"
@@ -34,8 +33,8 @@ RESTARTS = 2
 T = TypeVar("T")
 
 
-class Remote:
-    """See ``record.Device``. ``python`` is the device's interpreter, ``folder`` where there is room for files."""
+class Remote(Device):
+    """``python`` is the device's interpreter, ``folder`` where there is room for files."""
 
     def __init__(self, address: str, link: Link, *, python: str = PYTHON, folder: str = FOLDER) -> None:
         self.address = address
@@ -51,14 +50,6 @@ class Remote:
         except BaseException:
             self.close()
             raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def push(self, name: str, path: Path) -> None:
         digest = io.file_digest(path)

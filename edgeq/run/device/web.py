@@ -18,12 +18,11 @@ from collections.abc import Mapping
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from edgeq.errors import DeviceError, RuntimeUnavailableError, UsageError
 from edgeq.ir import io
-from edgeq.run.device.record import Facts
+from edgeq.run.device.record import Device, Facts
 from edgeq.run.device.remote import result_of
 from edgeq.target.record import CPU
 
@@ -49,8 +48,8 @@ def distribution(given: str = "") -> Path:
     return folder
 
 
-class Browser:
-    """See ``record.Device``. ``provider`` is ``wasm`` or ``webgpu``, ``adapter`` the GPU Chromium shall take."""
+class Browser(Device):
+    """``provider`` is ``wasm`` or ``webgpu``, ``adapter`` the GPU Chromium shall take."""
 
     def __init__(self, address: str, provider: str, *, build: str = "", ort: str = "", adapter: str = "") -> None:
         self.address = address
@@ -80,14 +79,6 @@ class Browser:
         except BaseException:
             self.close()
             raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def push(self, name: str, path: Path) -> None:
         digest = io.file_digest(path)
