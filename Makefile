@@ -39,11 +39,11 @@ qemu:  ## CPUs this one isn't, for tests/test_saturation.py; in CI (CI=true) tho
 	else echo "no qemu-x86_64, and no apt-get or root to install it: install qemu-user to test under emulation"; fi
 
 devices: venv browser  ## an ARM board made of QEMU (needs Debian and root) and a browser's runtime, for tests/devices
-	@command -v mmdebstrap >/dev/null && command -v qemu-aarch64-static >/dev/null && command -v ssh-keygen >/dev/null || \
+	@{ command -v mmdebstrap && command -v qemu-aarch64-static && command -v ssh-keygen && command -v adb; } >/dev/null || \
 	if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
 		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
-			mmdebstrap qemu-user-static openssh-client; \
-	else echo "no mmdebstrap or qemu-aarch64-static, and no apt-get or root to install them"; fi
+			mmdebstrap qemu-user-static openssh-client adb; \
+	else echo "no mmdebstrap, qemu-aarch64-static or adb, and no apt-get or root to install them"; fi
 	$(BIN)/python -m tests.devices
 
 browser:  ## Chromium, npm, CMake and Kotlin for tests of pages and packages; in CI (CI=true) those fail without them

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @cli.command(cls=Command, epilog=EPILOG)
 @click.argument("package", type=PATH)
 @click.option("-e", "-c", "--evaluation", metavar="DATA", help="Held-out samples, with labels where known.")
-@click.option("--on", metavar="DEVICE", help="Measure on a device: its name, or ssh://user@host.")
+@click.option("--on", metavar="DEVICE", help="Measure on a device: its name, ssh://user@host or adb://SERIAL.")
 @click.option("--reference", metavar="MODEL", help="Float model to compare with.  [default: the one it was made from]")
 @options.limits
 @options.threads
@@ -140,8 +140,8 @@ def compare(first: Path, second: Path, html: Path | None, force: bool) -> Answer
 def device(words: tuple[str, ...]) -> Answer:
     """Keep devices by name, and look what is wrong with one.
 
-    ADDRESS is ssh://user@host[:port] or local. Keys only, and only hosts that ~/.ssh/known_hosts knows. The device
-    needs Python 3.8 or later with numpy and onnxruntime; nothing stays on it.
+    ADDRESS is ssh://user@host[:port], adb://SERIAL or local. Over SSH keys only, and only hosts that ~/.ssh/known_hosts
+    knows. The device needs Python 3.8 or later with numpy and onnxruntime; nothing stays on it.
 
     \b
     edgeq device add pi ssh://pi@raspberrypi.local

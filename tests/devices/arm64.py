@@ -52,12 +52,13 @@ CORES = {
 @dataclass(frozen=True)
 class Board:
     """A running board. ``files``: its root directory, as this machine sees it; ``home``: a client's, whose key it
-    takes and whose known_hosts knows it."""
+    takes and whose known_hosts knows it; ``inside``: a process in its namespaces; ``environment``: of its programs."""
 
     port: int
     files: Path
     home: Path
-    pid: int = field(repr=False)
+    inside: int = field(repr=False)
+    environment: dict[str, str] = field(repr=False)
 
     @property
     def address(self) -> str:
@@ -188,10 +189,25 @@ def board(
     try:
         _wait_for(port, process)
         inside = int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0])
-        yield Board(port, Path(f"/proc/{inside}/root"), home, process.pid)
+        found = dict(word.split("=", 1) for word in (f"QEMU_CPU={kind.qemu}", *environment.split()))
+        yield Board(port, Path(f"/proc/{inside}/root"), home, inside, {"PATH": "/usr/bin:/bin", **found})
     finally:
         process.kill()
         process.wait()
+
+
+PLACES = ("var/tmp", "tmp", "small", "data/local/tmp")
+
+
+def left(board: Board, seconds: float = 3.0) -> list[Path]:
+    """What of ours lies on the board, once it has had the time to tidy up."""
+    end = time.monotonic() + seconds
+    places = [board.files / place for place in PLACES if (board.files / place).is_dir()]
+    while found := [path for place in places for path in place.iterdir()]:
+        if time.monotonic() > end:
+            break
+        time.sleep(0.1)
+    return found
 
 
 def _client(home: Path, port: int) -> None:

@@ -1,4 +1,4 @@
-"""Boards for tests: one of each core that is asked for, shared by the tests of a module."""
+"""Boards for tests, one of each core that is asked for, shared by the tests of a module; a small model and feeds."""
 
 from __future__ import annotations
 
@@ -9,8 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from edgeq.ir import io
+from edgeq.run.record import Feed
+from edgeq.run.timing import TimedConfig
 from tests.devices import arm64
 from tests.devices.arm64 import Board
+from tests.devices.models import LAYERS
+from tests.graphs import graph, normal
 
 Boards = Callable[[str], Board]
 
@@ -36,3 +41,15 @@ def boards(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Boards]:
 def at_home(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
     """Makes a folder with .ssh in it the home of this user, as it is to every client."""
     return lambda home: monkeypatch.setenv("HOME", str(home))
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> TimedConfig:
+    """A MatMul of a megabyte and a Tanh."""
+    io.write(graph(LAYERS, {"W": normal(512, 512) / 16}), tmp_path / "net.onnx")
+    return TimedConfig("net", tmp_path / "net.onnx")
+
+
+@pytest.fixture
+def feeds() -> list[Feed]:
+    return [{"x": normal(2, 512)} for _ in range(3)]

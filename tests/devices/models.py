@@ -1,4 +1,5 @@
-"""Models in integers for devices, made without asking whether they pay: everything that fuses."""
+"""Models for devices, and whether these compute what this machine does. Integers are made without asking whether they
+pay: everything that fuses."""
 
 from __future__ import annotations
 
@@ -13,12 +14,24 @@ from edgeq.context import Context
 from edgeq.given import read_with_samples
 from edgeq.ir import io
 from edgeq.report.recorder import Recorder
+from edgeq.run.device import Device, measure
 from edgeq.run.record import Feed
+from edgeq.run.session import open_session, run_session
 from edgeq.run.timing import TimedConfig
 from edgeq.target.load import load_target
 from edgeq.target.oracle import Oracle
 from tests.zoo import ZOO
 from tests.zoo.packages import source
+
+LAYERS = "(float[n, 512] x) => (float[n, 512] y) {\n h = MatMul(x, W)\n y = Tanh(h)\n}"
+
+
+def same(device: Device, config: TimedConfig, feeds: list[Feed]) -> bool:
+    """Whether a device computes what this machine does, as closely as two orders of 512 products in f32 allow."""
+    here = open_session(config.path)
+    pairs = list(measure.outputs(device, config, feeds))
+    assert [feed is sent for (sent, _), feed in zip(pairs, feeds, strict=True)] == [True] * len(feeds)
+    return all(np.allclose(run_session(here, feed)["y"], found["y"], atol=1e-5) for feed, found in pairs)
 
 
 def zoo(name: str, target: str, folder: Path) -> tuple[TimedConfig, list[Feed], Path]:

@@ -15,30 +15,17 @@ import pytest
 
 from edgeq.errors import DeviceError, EdgeqError, ModelError, RuntimeUnavailableError
 from edgeq.ir import io
-from edgeq.run.device import Device, measure, open_device, remote
+from edgeq.run.device import measure, open_device, remote
 from edgeq.run.record import Feed
-from edgeq.run.session import open_session, run_session
 from edgeq.run.timing import TimedConfig
 from tests.devices import arm64
-from tests.devices.arm64 import Board
+from tests.devices.arm64 import Board, left
 from tests.devices.conftest import Boards
+from tests.devices.models import LAYERS, same
 from tests.devices.wire import Wire
 from tests.graphs import graph, normal
 
 pytestmark = pytest.mark.slow
-LAYERS = "(float[n, 512] x) => (float[n, 512] y) {\n h = MatMul(x, W)\n y = Tanh(h)\n}"
-
-
-@pytest.fixture
-def config(tmp_path: Path) -> TimedConfig:
-    """A MatMul of a megabyte and a Tanh."""
-    io.write(graph(LAYERS, {"W": normal(512, 512) / 16}), tmp_path / "net.onnx")
-    return TimedConfig("net", tmp_path / "net.onnx")
-
-
-@pytest.fixture
-def feeds() -> list[Feed]:
-    return [{"x": normal(2, 512)} for _ in range(3)]
 
 
 @pytest.fixture
@@ -48,24 +35,6 @@ def board(boards: Boards, at_home: Callable[[Path], None]) -> Iterator[Board]:
     at_home(found.home)
     yield found
     assert left(found) == []
-
-
-def left(board: Board, seconds: float = 3.0) -> list[Path]:
-    """What of ours lies on the board, once it has had the time to tidy up."""
-    end = time.monotonic() + seconds
-    while found := [path for place in ("var/tmp", "tmp", "small") for path in (board.files / place).iterdir()]:
-        if time.monotonic() > end:
-            break
-        time.sleep(0.1)
-    return found
-
-
-def same(device: Device, config: TimedConfig, feeds: list[Feed]) -> bool:
-    """Whether a device computes what this machine does, as closely as two orders of 512 products in f32 allow."""
-    here = open_session(config.path)
-    pairs = list(measure.outputs(device, config, feeds))
-    assert [feed is sent for (sent, _), feed in zip(pairs, feeds, strict=True)] == [True] * len(feeds)
-    return all(np.allclose(run_session(here, feed)["y"], found["y"], atol=1e-5) for feed, found in pairs)
 
 
 def test_a_board_computes_what_this_machine_does_and_says_what_it_is(
@@ -196,7 +165,6 @@ def test_a_transfer_goes_on_where_the_link_was_cut(board: Board, tmp_path: Path)
     size = 4 << 20
     (tmp_path / "large").write_bytes(np.random.default_rng(0).bytes(size))
     with wired(board, fuse=size // 2) as (wire, address), open_device(address) as device:
-        threading.Timer(1.0, wire.mend).start()
         device.push("large", tmp_path / "large")
         assert wire.sent < 1.5 * size
         (there,) = board.files.glob("var/tmp/edgeq-*/large")

@@ -9,7 +9,7 @@ from contextlib import suppress
 
 class Wire:
     """Relays a port of its own to ``port``. ``cut`` breaks what is open and refuses what comes, until ``mend``;
-    ``fuse``, a number of bytes towards the board, cuts it by itself once that many have passed."""
+    ``fuse``, a number of bytes towards the board, cuts it by itself for a second once that many have passed."""
 
     def __init__(self, port: int, fuse: int | None = None) -> None:
         self._to, self._fuse, self._open = port, fuse, threading.Event()
@@ -58,5 +58,6 @@ class Wire:
                     if self._fuse is not None and self.sent > self._fuse:
                         self._fuse = None
                         self.cut()
+                        threading.Timer(1.0, self.mend).start()
         with suppress(OSError):
             sink.shutdown(socket.SHUT_RDWR)

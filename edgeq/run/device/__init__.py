@@ -1,4 +1,4 @@
-"""Devices by address: ``local``, ``ssh://user@host[:port]``, ``web://wasm``, ``web://webgpu`` (L4).
+"""Devices by address: ``local``, ``ssh://user@host[:port]``, ``adb://SERIAL``, ``web://wasm``, ``web://webgpu`` (L4).
 
 Options come behind a question mark: ``?python=/path/to/python3`` names the device's interpreter, ``?folder=/path``
 where its disk has room.
@@ -24,7 +24,7 @@ def open_device(address: str) -> Device:
     DeviceError or RuntimeUnavailableError when the device can't be had."""
     scheme, separator, _ = address.partition("?")[0].partition("://")
     if scheme not in DEVICES or not (separator or scheme == "local"):
-        hint = "write local, or ssh://user@host"
+        hint = "write local, ssh://user@host or adb://SERIAL"
         raise UsageError(f"{address!r} is no address of a device", hint=did_you_mean(scheme, list(DEVICES), hint))
     return DEVICES[scheme](address)
 
@@ -60,6 +60,18 @@ def _ssh(address: str) -> Device:
     return Remote(plain, link, python=options.get("python", PYTHON), folder=options.get("folder", FOLDER))
 
 
+def _adb(address: str) -> Device:
+    """An Android device as ``adb devices`` lists it, or by its network address: adb://SERIAL, adb://host:port."""
+    from edgeq.run.device.adb import FOLDER, AdbLink
+
+    options, serial = _options(address, ("python", "folder")), urlsplit(address).netloc
+    if not serial:
+        raise UsageError(f"{address!r} names no device", hint="write adb://SERIAL, as `adb devices` lists it")
+    plain = address.partition("?")[0]
+    link = AdbLink(plain, serial)
+    return Remote(plain, link, python=options.get("python", PYTHON), folder=options.get("folder", FOLDER))
+
+
 def _web(address: str) -> Device:
     """A headless Chromium with onnxruntime-web from npm: web://wasm, web://webgpu."""
     from edgeq.run.device.web import BUILDS, Browser
@@ -70,4 +82,4 @@ def _web(address: str) -> Device:
     return Browser(address.partition("?")[0], provider, **options)
 
 
-DEVICES: dict[str, Callable[[str], Device]] = {"local": _local, "ssh": _ssh, "web": _web}
+DEVICES: dict[str, Callable[[str], Device]] = {"local": _local, "ssh": _ssh, "adb": _adb, "web": _web}

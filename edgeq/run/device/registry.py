@@ -56,7 +56,9 @@ def address_of(word: str) -> str:
     names = list(devices)
     raise UsageError(
         f"no device is called {word!r}",
-        hint=did_you_mean(word, names, "edgeq device add NAME ADDRESS, or give an address: ssh://user@host"),
+        hint=did_you_mean(
+            word, names, "edgeq device add NAME ADDRESS, or give an address: ssh://user@host, adb://SERIAL"
+        ),
     )
 
 
