@@ -15,7 +15,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from edgeq.analyse import equalizing, smoothing
+from edgeq.analyse import absorbing, equalizing, smoothing
 from edgeq.analyse.observe import observe
 from edgeq.analyse.rounding import round_weights
 from edgeq.analyse.sensitivity import Probe, decibel
@@ -29,6 +29,7 @@ from edgeq.num.quant import TENSOR, Coded, Quant, parse_quant
 from edgeq.num.rounding import ROUNDERS
 from edgeq.quantizer import BIASES, LEAST_REDUCTION, Quantizer
 from edgeq.recipe import Recipe, Step
+from edgeq.rewrite.absorb import absorb as absorb_model
 from edgeq.rewrite.canonicalize import canonicalize as canonicalize_model
 from edgeq.rewrite.equalize import equalize as equalize_model
 from edgeq.rewrite.smooth import smooth as smooth_model
@@ -36,7 +37,7 @@ from edgeq.rewrite.weights import store_weights, ways_of
 from edgeq.run.samples import split, take
 from edgeq.target.oracle import Oracle
 
-EQUALIZE_HELD, EQUALIZE_SAMPLES = 0.25, 16  # share of the samples, and how many of them, that judge and don't teach
+HELD, HELD_SAMPLES = 0.25, 16  # share of the samples, and how many of them, that judge and don't teach
 EQUAL = 1e-5  # noise-to-signal power up to which two float models are one
 LARGE = 1 << 18  # bytes of a table that is worth the nodes which decode its rows
 FREE_DB, FREE_SAMPLES = 40.0, 16  # of SNR on the outputs, a hundredth of the amplitude; how many samples tell
@@ -68,8 +69,8 @@ def equalize(model: ir.Model, context: Context) -> ir.Model:
     found = equalizing.pairs(model)
     if not found or len(context.calibration) < 2:
         return model
-    learnt, held = split(context.calibration, fraction=EQUALIZE_HELD, seed=context.seed)
-    probe = Probe(model, take(held, EQUALIZE_SAMPLES), context.target, context.threads)
+    learnt, held = split(context.calibration, fraction=HELD, seed=context.seed)
+    probe = Probe(model, take(held, HELD_SAMPLES), context.target, context.threads)
     with context.recorder.step("equalize", len(learnt)) as facts:
         if context.target.weights.block == TENSOR:
             chosen = equalizing.by_weights(model, found)
@@ -84,11 +85,35 @@ def equalize(model: ir.Model, context: Context) -> ir.Model:
     if probe.noise(result) > EQUAL:  # a Clip cuts what the samples learnt from had not shown
         chosen = [one for one in chosen if not isfinite(one.pair.top)]
         result = equalize_model(model, chosen)
-    noise = [probe.noise(Quantizer(one, context, "auto").fused()[1]) for one in (model, result)] if chosen else [0.0]
-    facts.update(pairs=len(chosen), snr_db=[round(decibel(value), 1) for value in noise])
-    kept = len(noise) == 2 and noise[1] < LEAST_REDUCTION * noise[0]
-    facts["kept"] = kept
-    return result if kept else model
+    facts["pairs"] = len(chosen)
+    return result if chosen and _quieter(model, result, probe, context, facts) else model
+
+
+def absorb(model: ir.Model, context: Context) -> ir.Model:
+    """Move what is constant in a channel from its tensor into biases (high-bias absorption), if the quantized outputs
+    gain by it."""
+    found = absorbing.movable(model)
+    if not found or len(context.calibration) < 2:
+        return model
+    learnt, held = split(context.calibration, fraction=HELD, seed=context.seed)
+    probe = Probe(model, take(held, HELD_SAMPLES), context.target, context.threads)
+    with context.recorder.step("absorb", len(learnt)) as facts:
+        stats = observe(model, list(found), learnt, threads=context.threads, progress=context.recorder.progress)
+        shifts = absorbing.search(model, found, stats)
+        result = absorb_model(model, shifts)
+        if probe.noise(result) > EQUAL:  # a Relu cuts what the samples learnt from had not shown
+            shifts = absorbing.search(model, absorbing.unbounded(found), stats)
+            result = absorb_model(model, shifts)
+        facts["tensors"] = len(shifts)
+    return result if shifts and _quieter(model, result, probe, context, facts) else model
+
+
+def _quieter(model: ir.Model, result: ir.Model, probe: Probe, context: Context, facts: dict[str, Any]) -> bool:
+    """Whether the quantized outputs have less noise in the second form, all that fuses in integers."""
+    noise = [probe.noise(Quantizer(one, context, "auto").fused()[1]) for one in (model, result)]
+    kept = noise[1] < LEAST_REDUCTION * noise[0]
+    facts.update(snr_db=[round(decibel(value), 1) for value in noise], kept=kept)
+    return kept
 
 
 def embeddings(model: ir.Model, context: Context, *, format: str = "i8/channel") -> ir.Model:
@@ -216,6 +241,7 @@ STEPS: dict[str, StepFunction] = {
     "canonicalize": canonicalize,
     "smooth": smooth,
     "equalize": equalize,
+    "absorb": absorb,
     "embeddings": embeddings,
     "weights": weights,
     "quantize": quantize,

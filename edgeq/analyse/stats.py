@@ -30,7 +30,7 @@ MASK, PLAIN = -1e6, 1e4  # values below MASK beside a tensor otherwise within PL
 SETTLED = 0.01  # a range that grows by less than this share of itself has settled
 
 _FLOATS = ("min", "max", "sum", "sum2")
-_CHANNELS = ("sum", "absmax", "count")
+_CHANNELS = ("sum", "low", "high", "count")
 _COUNTS = ("count", "samples", "nan_count", "inf_count", "mask_count", "settled")
 
 
@@ -88,11 +88,17 @@ def _arrivals(index: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
 
 @dataclass(frozen=True)
 class Channels:
-    """Per channel: ``sum`` f64[C], ``absmax`` f32[C] and how many values, ``count`` i64[C]."""
+    """Per channel: ``sum`` f64[C], the extremes ``low`` and ``high`` f32[C], and how many values, ``count`` i64[C]."""
 
     sum: NDArray[np.float64]
-    absmax: NDArray[np.float32]
+    low: NDArray[np.float32]
+    high: NDArray[np.float32]
     count: NDArray[np.int64]
+
+    @property
+    def absmax(self) -> NDArray[np.float32]:
+        """f32[C]; 0 where nothing was seen."""
+        return np.maximum(-self.low, self.high)
 
     @property
     def mean(self) -> NDArray[np.float64]:
@@ -103,7 +109,8 @@ class Channels:
         """Both together; None when the numbers of channels differ, since then the axis isn't one of channels."""
         if other is None or other.sum.size != self.sum.size:
             return None
-        return Channels(self.sum + other.sum, np.maximum(self.absmax, other.absmax), self.count + other.count)
+        low, high = np.minimum(self.low, other.low), np.maximum(self.high, other.high)
+        return Channels(self.sum + other.sum, low, high, self.count + other.count)
 
 
 @dataclass
@@ -158,7 +165,7 @@ class Stats:
         self.samples += 1
         if self.samples == 1 or index < DETAILED or index % THEN_EVERY == 0:
             by_channel = axis is not None and x.ndim >= -axis
-            self._add_channels(Channels(_channel_sums(view), _channel_absmax(view), counts) if by_channel else None)
+            self._add_channels(Channels(_channel_sums(view), *_channel_extremes(view), counts) if by_channel else None)
         if values.size:
             self.sum += float(values.sum(dtype=np.float32))
             self._add_values(values, index, low, high)
@@ -255,10 +262,11 @@ def _by_channel(x: NDArray[np.float32], axis: int | None) -> NDArray[np.float32]
     return x.reshape(math.prod(x.shape[:position]), x.shape[position], math.prod(x.shape[position + 1 :]))
 
 
-def _channel_absmax(view: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Largest magnitude a channel of f32[outer, C, inner], innermost first since numpy is fastest there."""
-    rows = view[:, :, 0] if view.shape[2] == 1 else np.maximum(-view.min(axis=2), view.max(axis=2))
-    return np.asarray(np.abs(rows).max(axis=0) if view.shape[2] == 1 else rows.max(axis=0), np.float32)
+def _channel_extremes(view: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Smallest and largest value a channel of f32[outer, C, inner], innermost first since numpy is fastest there."""
+    if view.shape[2] == 1:
+        return view[:, :, 0].min(axis=0), view[:, :, 0].max(axis=0)
+    return view.min(axis=2).min(axis=0), view.max(axis=2).max(axis=0)
 
 
 def _channel_sums(view: NDArray[np.float32]) -> NDArray[np.float64]:
