@@ -160,7 +160,7 @@ def test_a_clip_that_would_cut_new_samples_keeps_its_channels() -> None:
     """What is learnt from is a hundredth of what judges: the Clip pair is given up."""
     model, data = made(FORMS["clip"]), feeds(16)
     context = Context(load_target(VNNI), oracle_of(VNNI), samples_of(data), Recorder(), threads=1)
-    learnt, _ = split(context.calibration, fraction=steps.EQUALIZE_HELD, seed=context.seed)
+    learnt, _ = split(context.calibration, fraction=steps.HELD, seed=context.seed)
     small = [feed["x"] for feed in learnt]
     for feed in data:
         feed["x"] *= 0.02 if any(feed["x"] is x for x in small) else 2.0
