@@ -38,6 +38,7 @@ from edgeq.report.progress import Progress
 from edgeq.report.record import Check, Coverage, Island, Report
 from edgeq.report.recorder import Recorder
 from edgeq.report.rows import saturation_line
+from edgeq.rewrite.halve import rounded
 from edgeq.run.record import Samples
 from edgeq.run.samples import load_samples, split, take
 from edgeq.run.session import open_session, run_session
@@ -125,7 +126,7 @@ def export(
         if dump is not None:
             _dump(Path(dump), source, prepared, settled)
         words = {key: value for key, value in source.metadata_props.items() if value}
-        golden = _golden(settled, held_out, chosen_target)
+        golden = _golden(settled.chosen, reference, held_out, chosen_target)
         package = Package(settled.chosen.path, report, golden, held_out.preprocessing, names, words, after)
         written = PACKAGES[form](package, out, force=force)
     place = package_in(written) / "model.onnx" if written.is_dir() else written
@@ -166,16 +167,20 @@ def _floats(
     """The float files that could ship: as read, and as prepared when that kept the results."""
     drafts = [Draft("float as given", reference, source)]
     if prepared.model is not source:
-        path = folder / "prepared.onnx"
-        emit(context.lower(prepared.model).clone(), context.target, path)
+        path, proof = folder / "prepared.onnx", folder / "prepared-rounded.onnx" if prepared.halved else None
+        lowered = context.lower(prepared.model)
+        emit(lowered.clone(), context.target, path)
+        if proof is not None:
+            emit(rounded(lowered), context.target, proof)
         with context.recorder.step("judge") as facts:
             facts["draft"] = "float prepared"
-            checks = tuple(judge(path, context.target.simulation))
-            draft = Draft("float prepared", path, prepared.model, checks=checks, asked=prepared.stored)
+            checks = tuple(judge(proof or path, context.target.simulation))
+            draft = Draft("float prepared", path, prepared.model, checks=checks, asked=prepared.stored, proof=proof)
         if draft.accurate:
             drafts.append(draft)
         else:
-            context.recorder.warn("prepared-differs", "the prepared float model misses the limits and is not used")
+            text = f"the prepared float model misses the limits and is not used: {draft.missed}"
+            context.recorder.warn("prepared-differs", text)
     return drafts
 
 
@@ -187,12 +192,14 @@ def _validate(
     sizes = size(floats[0].path, chosen.path, limits)
     if elsewhere(target):
         with context.recorder.step("validate", len(held_out)):
-            accurate = chosen.checks if chosen.plan is not None else judge(chosen.path)
+            known = chosen.plan is not None or (chosen.proof is not None and target.provider == CPU.name)
+            accurate = chosen.checks if known else judge(chosen.path)
         return Validation((*accurate, *sizes), {})
     configs = [TimedConfig(draft.name, draft.path, provider=target.execution) for draft in floats]
     artifact = TimedConfig("artifact", chosen.path, provider=target.execution)
     with context.recorder.step("validate", len(held_out)):
-        accurate = chosen.checks or judge(chosen.path)
+        simulated = chosen.proof is not None and target.provider != CPU.name
+        accurate = judge(chosen.path) if simulated or not chosen.checks else chosen.checks
         fast = latency(
             configs, artifact, [*take(held_out, TIMED_SAMPLES)], threads=target.threads, limits=limits,
             max_seconds=VALIDATE_SECONDS, seed=context.seed,
@@ -216,13 +223,15 @@ def _repeated(model: Path, samples: Samples, provider: Provider = CPU) -> Golden
     return Golden(tuple(feeds), tuple(run_session(session, feed) for feed in feeds), {})
 
 
-def _golden(settled: Settled, held_out: Samples, target: Target) -> Golden:
+def _golden(chosen: Draft, reference: Path, held_out: Samples, target: Target) -> Golden:
     """Runs an installed package must repeat. Another CPU may round elsewhere, but not by more than quantization itself
-    errs: the tolerance is the largest distance of the shipped file from float, at least 1e-4 of the output's peak."""
-    shipped = _repeated(settled.chosen.path, held_out, target.execution)
-    exact = _repeated(settled.best_float.path, held_out)
+    errs: the tolerance is the largest distance of the shipped file, or its proof, from the float model as read, and at
+    least 1e-4 of the output's peak."""
+    shipped = _repeated(chosen.path, held_out, target.execution)
+    exact = _repeated(reference, held_out)
+    proved = _repeated(chosen.proof, held_out).outputs if chosen.proof is not None else ()
     tolerances: dict[str, float] = {}
-    for output, truth in zip(shipped.outputs, exact.outputs, strict=True):
+    for output, truth in zip((*shipped.outputs, *proved), exact.outputs * (2 if proved else 1), strict=True):
         for name, array in output.items():
             if array.dtype.kind == "f" and array.shape == truth[name].shape:
                 wide = array.astype(np.float64)

@@ -16,15 +16,17 @@ from typing import Any
 import onnx_ir as ir
 
 from edgeq.analyse import absorbing, equalizing, smoothing
+from edgeq.analyse.halves import DTYPES
 from edgeq.analyse.observe import observe
 from edgeq.analyse.rounding import round_weights
 from edgeq.analyse.sensitivity import Probe, decibel
 from edgeq.analyse.weights import nearest, snr_db, storable
 from edgeq.context import Context
 from edgeq.errors import RecipeError
+from edgeq.halving import halved
 from edgeq.ir import io, verify
 from edgeq.num.fit import METHODS
-from edgeq.num.formats import Int
+from edgeq.num.formats import Int, parse_format
 from edgeq.num.quant import TENSOR, Coded, Quant, parse_quant
 from edgeq.num.rounding import ROUNDERS
 from edgeq.quantizer import BIASES, LEAST_REDUCTION, Quantizer
@@ -114,6 +116,19 @@ def _quieter(model: ir.Model, result: ir.Model, probe: Probe, context: Context, 
     kept = noise[1] < LEAST_REDUCTION * noise[0]
     facts.update(snr_db=[round(decibel(value), 1) for value in noise], kept=kept)
     return kept
+
+
+def half(model: ir.Model, context: Context, *, format: str = "target") -> ir.Model:
+    """Nodes in 16-bit floats: f16, bf16, or what the target's kernels want. What a provider hasn't and what the format
+    can't hold stays f32, with one cast a border. Inputs and outputs keep their types."""
+    form = parse_format(context.target.float_format if format == "target" else format)
+    if form in DTYPES:
+        return halved(model, context, form)
+    if format != "target":
+        raise RecipeError(f"half(format={format}) is no 16-bit float", hint="use f16, bf16 or target")
+    text = f"target {context.target.name!r} computes floats in {form}: nothing is converted"
+    context.recorder.info("no-halves", f"{text} (half(format=f16) does it all the same)")
+    return model
 
 
 def embeddings(model: ir.Model, context: Context, *, format: str = "i8/channel") -> ir.Model:
@@ -242,6 +257,7 @@ STEPS: dict[str, StepFunction] = {
     "smooth": smooth,
     "equalize": equalize,
     "absorb": absorb,
+    "half": half,
     "embeddings": embeddings,
     "weights": weights,
     "quantize": quantize,
@@ -254,7 +270,7 @@ def options_of(function: StepFunction) -> frozenset[str]:
     return frozenset(p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY)
 
 
-READ_WEIGHTS = ("canonicalize", "smooth")  # steps that see weights as numbers, or fold codes back into them
+READ_WEIGHTS = ("canonicalize", "smooth", "half")  # steps that see weights as numbers, or fold codes back into them
 STORE = ("embeddings", "weights")  # steps that make codes of them
 KNOWN = {name: options_of(function) for name, function in STEPS.items()}
 
@@ -262,11 +278,12 @@ KNOWN = {name: options_of(function) for name, function in STEPS.items()}
 @dataclass
 class Prepared:
     """The float model after its steps, and the Quantizer when the recipe asks for one. ``stored``: by ``weights``, as
-    the recipe asks; what ``embeddings`` stores costs nothing and asks for nothing."""
+    the recipe asks; what ``embeddings`` stores costs nothing and asks for nothing. ``halved``: nodes are in 16 bits."""
 
     model: ir.Model
     quantizer: Quantizer | None = None
     stored: bool = False
+    halved: bool = False
     intermediates: list[tuple[str, ir.Model]] = field(default_factory=list)
 
 
@@ -281,7 +298,10 @@ def apply(recipe: Recipe, model: ir.Model, context: Context) -> Prepared:
         stores = step.name if step.name in STORE else stores
         if prepared.quantizer is not None:
             raise RecipeError(f"step {step.name!r} stands behind quantize", hint="put quantize last")
+        if prepared.halved and step.name == "quantize":
+            raise RecipeError("step 'quantize' stands behind half", hint="make one file of each, or leave one out")
         result = _run(step, prepared.model, context)
+        prepared.halved |= step.name == "half" and result is not prepared.model
         if isinstance(result, Quantizer):
             prepared.quantizer = result
         else:

@@ -32,6 +32,7 @@ LAYERS = {
     "packaging": 8,
     "recipe": 9,
     "context": 9,
+    "halving": 9.3,
     "quantizer": 9.3,
     "steps": 9.5,
     "facts": 9,

@@ -9,6 +9,7 @@ The flow is Dinic's: O(V^2 E) in theory, near linear on graphs as shallow as the
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 
 INFINITE = float("inf")
 _EPSILON = 1e-12
@@ -36,6 +37,21 @@ class Network:
             self._edges[vertex].append(len(self._to))
             self._to.append(other)
             self._room.append(room)
+
+    def entering(self, producer: int, readers: Sequence[int], price: float) -> None:
+        """One price, however many ``readers`` are on the source's side, when ``producer`` is on the sink's."""
+        if readers:
+            border = self.vertex()
+            self.edge(border, producer, price)
+            for reader in readers:
+                self.edge(reader, border, INFINITE)
+
+    def leaving(self, producer: int, readers: Sequence[int], price: float) -> None:
+        """One price, however many ``readers`` are on the sink's side, when ``producer`` is on the source's."""
+        border = self.vertex()
+        self.edge(producer, border, price)
+        for reader in readers:
+            self.edge(border, reader, INFINITE)
 
     def source_side(self) -> set[int]:
         """The vertices on the source's side of a minimum cut."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from edgeq.analyse.cut import INFINITE, Network
+from edgeq.analyse.cut import Network
 from edgeq.ir import query
 from edgeq.ir.ops import OPS
 from edgeq.num.quant import Quant
@@ -302,32 +302,14 @@ def _cut(candidates: list[Atom], costs: Costs) -> set[str]:
         producer = writer.get(key)
         start = Network.SINK if producer is None else vertex[producer.name]
         readers = [inner.get(node) for node in query.users(value)]
-        _add_q(network, start, [vertex[a.name] for a in readers if a is not None], price)
-        if producer is not None:
-            outside = any(a is None for a in readers) or value.is_graph_output()
-            free = producer.bare is not None and not any(a is not None for a in readers)
-            _add_dq(network, start, [vertex[a.name] for a in readers if a is not None], outside, 0.0 if free else price)
+        inside = [vertex[a.name] for a in readers if a is not None]
+        network.entering(start, inside, price)  # one Q is paid when the producer is float and any reader integer
+        if producer is not None:  # one DQ when the producer is integer and any reader float
+            outside = [Network.SINK] if None in readers or value.is_graph_output() else []
+            free = producer.bare is not None and not inside
+            network.leaving(start, [*inside, *outside], 0.0 if free else price)
     side = network.source_side()
     return {atom.name for atom in candidates if vertex[atom.name] in side}
-
-
-def _add_q(network: Network, producer: int, readers: list[int], price: float) -> None:
-    """One Q is paid when the producer is float and any reader integer."""
-    if readers:
-        quantizer = network.vertex()
-        network.edge(quantizer, producer, price)
-        for reader in readers:
-            network.edge(reader, quantizer, INFINITE)
-
-
-def _add_dq(network: Network, producer: int, readers: list[int], outside: bool, price: float) -> None:
-    """One DQ is paid when the producer is integer and any reader float."""
-    dequantizer = network.vertex()
-    network.edge(producer, dequantizer, price)
-    for reader in readers:
-        network.edge(dequantizer, reader, INFINITE)
-    if outside:
-        network.edge(dequantizer, Network.SINK, INFINITE)
 
 
 def _useful(candidates: list[Atom], labels: set[str]) -> set[str]:

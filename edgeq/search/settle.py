@@ -60,10 +60,19 @@ class Draft:
     kept_float: Mapping[str, str] = field(default_factory=dict)
     asked: bool = False
     quantizer: Quantizer | None = None  # that made it
+    proof: Path | None = (
+        None  # a file that rounds as its device does, where the runtime here computes this one otherwise
+    )
 
     @property
     def accurate(self) -> bool:
         return all(check.passed for check in self.checks)
+
+    @property
+    def missed(self) -> str:
+        """The limits it misses, in words."""
+        failed = [check for check in self.checks if not check.passed]
+        return "; ".join(f"{check.name} is {check.value:.4g}, limit {check.limit:.4g}" for check in failed)
 
 
 @dataclass(frozen=True)
@@ -318,8 +327,7 @@ def _row(draft: Draft, ratios: Sequence[Ratio] | None, chosen: Draft, best_float
     if draft is chosen:
         why = "ships"
     elif not draft.accurate:
-        failed = [check for check in draft.checks if not check.passed]
-        why = "; ".join(f"{check.name} is {check.value:.4g}, limit {check.limit:.4g}" for check in failed)
+        why = draft.missed
     elif ratios is None:
         why = "another has more of its work in integers, or less noise"
     elif draft.plan is None:

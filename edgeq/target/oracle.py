@@ -11,8 +11,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence, Set
-from dataclasses import astuple
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import astuple, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -101,11 +101,25 @@ class Oracle:
         gone = verdict.kind == "mover" and not verdict.kernel
         return "" if gone else verdict.provider or self.target.provider
 
-    def _kept(self, asked: Question) -> tuple[Verdict, ...]:
-        key = self._prefix + signature(asked)
+    def in_types(self, node: ir.Node) -> Verdict:
+        """Who computes ``node`` in the types it has, without Q/DQ. The kernel is "" where nobody does, ``Cast`` where
+        the CPU's provider has none of these types and computes it between casts."""
+        if holds_graph(node):
+            return Verdict("float", node.op_type, "control flow runs in any type", CPU.name)
+        asked = question((node,), set(), self.target)
+        if self.target.provider == CPU.name:
+            return self._kept(asked, "types ", _in_types)[0]
+        verdict = self._kept(asked)[0]
+        refused = verdict.kind == "float" and verdict.provider in ("", CPU.name)
+        return replace(verdict, kernel="") if refused else verdict
+
+    def _kept(
+        self, asked: Question, what: str = "", ask: Callable[[Question, Target], tuple[Verdict, ...]] | None = None
+    ) -> tuple[Verdict, ...]:
+        key = self._prefix + what + signature(asked)
         if key not in self._known:
             self.sessions += 1
-            self._known[key] = probe(asked, self.target)
+            self._known[key] = (ask or probe)(asked, self.target)
             _write_cache(self.path, self._known)
         return self._known[key]
 
@@ -128,6 +142,16 @@ def probe(asked: Question, target: Target) -> tuple[Verdict, ...]:
     if sound:
         return verdicts
     return tuple(Verdict("float", verdict.kernel, f"{verdict.kernel} {wrong}") for verdict in verdicts)
+
+
+def _in_types(asked: Question, target: Target) -> tuple[Verdict, ...]:
+    """Of one node on the CPU."""
+    node = asked.nodes[0]
+    found = optimize(micro_model(asked), target)
+    if isinstance(found, str):
+        return (Verdict("float", "", f"the runtime refuses it: {found}"),)
+    inserted = node.op_type != "Cast" and any(one.op_type == "Cast" for one in found.graph)
+    return (Verdict("float", "Cast" if inserted else node.op_type, "", CPU.name),)
 
 
 # --- reading the answer ----------------------------------------------------------------------------------------------
