@@ -16,6 +16,7 @@ from edgeq.version import __version__
 
 if TYPE_CHECKING:
     from edgeq.advice import advise
+    from edgeq.apart import divergence
     from edgeq.errors import EdgeqError
     from edgeq.examine import bench, inspect, sensitivity, validate
     from edgeq.packages import compare, make_update, package, update
@@ -35,6 +36,7 @@ __all__ = [
     "advise",
     "bench",
     "compare",
+    "divergence",
     "export",
     "footprint",
     "from_json",
@@ -57,6 +59,7 @@ HOMES = {
     "advise": "edgeq.advice",
     "bench": "edgeq.examine",
     "compare": "edgeq.packages",
+    "divergence": "edgeq.apart",
     "export": "edgeq.pipeline",
     "footprint": "edgeq.sizes",
     "from_json": "edgeq.report.codec",

@@ -16,6 +16,8 @@ from edgeq import steps
 from edgeq.analyse.forecast import forecast
 from edgeq.analyse.place import Plan, free_costs, place
 from edgeq.analyse.store import Store
+from edgeq.apart import check as parting
+from edgeq.apart import on_device as parted
 from edgeq.context import Context
 from edgeq.devices import facts_of, fitting, ran
 from edgeq.errors import PackageError, RecipeError, UsageError
@@ -36,7 +38,7 @@ from edgeq.ir import query
 from edgeq.packaging import Variant, check_files, read_directory, verify_package
 from edgeq.quantizer import Quantizer
 from edgeq.report.progress import Progress
-from edgeq.report.record import AtomNoise, Check, Coverage, Island, Report
+from edgeq.report.record import AtomNoise, Check, Coverage, Divergence, Island, Report
 from edgeq.report.recorder import Recorder
 from edgeq.run.device import Device, open_device, registry
 from edgeq.run.record import Timing
@@ -129,12 +131,16 @@ def validate(
     preprocessing: str | Path | None = None,
     seed: int = 0,
     on: str | None = None,
+    divergence: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Measure a package again: digests and golden runs, then accuracy and latency against ``reference``, by default the
-    model it was made from. ``on``: a device's name or address; without one, on this machine.
+    model it was made from. ``on``: a device's name or address; without one, on this machine. ``divergence``: also look
+    for the first node that computes otherwise there than here, as is done in any case when golden runs differ.
 
     Raises PackageError when the package is altered, DeviceError when the device fails or can't run it."""
+    if divergence and on is None:
+        raise UsageError("one model on one machine can't differ", hint="add --on DEVICE")
     folder, recorder = Path(package), Recorder(progress)
     wanted = Wanted(metric, max_drop, max_latency_ms, min_speedup, max_size_ratio)
     with ExitStack() as stack:
@@ -154,12 +160,17 @@ def validate(
                 model, variant.model, samples, metric=metric, limits=wanted.limits(), threads=counts,
                 provider=provider, seed=seed, device=device,
             )  # fmt: skip
+        apart: tuple[Divergence, ...] = ()
+        if device and (divergence or not all(check.passed for check in on_device)):
+            with recorder.step("divergence", len(variant.golden.inputs)):
+                found = parted(device, variant.model, provider, variant.golden.inputs)
+            apart, on_device = found.rows, (*on_device, parting(found))
         told = {"device": {**facts_of(device), "states": list(validation.states)}} if device else {}
     return replace(
         variant.report, checks=(*on_device, *validation.checks), latency=timing_facts(validation.timings),
         steps=tuple(recorder.steps), notices=(*variant.report.notices, *recorder.notices),
         environment=environment() | told, samples={"evaluation": samples_facts(samples)}, candidates=(),
-        source=source_facts(info, model),
+        source=source_facts(info, model), divergence=apart,
     )  # fmt: skip
 
 

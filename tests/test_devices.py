@@ -68,8 +68,17 @@ def test_golden_runs_that_are_not_repeated_fail(made: Path, own: Path, capsys: p
     copy = shutil.copytree(made / "net.edgeq", own / "copy.edgeq")
     packaged.reseal(copy, lambda manifest: manifest["variants"][0]["golden"]["tolerances"].update(logits=-1.0))
     assert main([*words(made, copy, "local"), "--json"]) == 1
-    found = from_json(capsys.readouterr().out).check("golden")
+    report = from_json(capsys.readouterr().out)
+    found = report.check("golden")
     assert (found.value, found.passed) == (2, False)
+    apart = report.check("diverging_nodes")
+    assert (apart.value, apart.passed) == (0, True), "the same kernels: only what they are held to is wrong"
+
+
+def test_divergence_needs_a_device(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = ["-c", str(made / "evaluation.npz"), "--reference", str(made / "net.onnx")]
+    assert main(["validate", str(made / "net.edgeq"), *data, "--divergence", "-q"]) == 2
+    assert "add --on DEVICE" in capsys.readouterr().err
 
 
 def test_an_altered_package_never_reaches_a_device(made: Path, own: Path, capsys: pytest.CaptureFixture[str]) -> None:

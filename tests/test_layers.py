@@ -41,6 +41,7 @@ LAYERS = {
     "ahead": 10,
     "advice": 10.5,
     "devices": 10,
+    "apart": 10.2,
     "examine": 10.5,
     "packages": 10.5,
     "pipeline": 10.5,

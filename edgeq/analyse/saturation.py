@@ -72,17 +72,22 @@ def certify(model: ir.Model) -> Saturation:
     )
 
 
-def _sums(node: ir.Node) -> PairSums | None:
-    """None for nodes that don't multiply u8 by stored i8 codes, or don't add products in 16 bits."""
+def pair_bounds(node: ir.Node) -> NDArray[np.int64] | None:
+    """i64[rows]: the largest magnitude a pair of products of each row can reach. None for nodes that don't multiply u8
+    by stored i8 codes, or don't add products in 16 bits."""
     if node.op_type not in PAIRED or _source(node, 0) is None:
         return None
     codes = query.constant(_source(node, OPS[node.op_type].weight or 0))
     rows = None if codes is None or codes.dtype != np.int8 else kernel_rows(node, codes)
-    if rows is None:
+    return None if rows is None else pair_sums(rows.astype(np.int16)).astype(np.int64) * INPUT_MAX
+
+
+def _sums(node: ir.Node) -> PairSums | None:
+    worst = pair_bounds(node)
+    if worst is None:
         return None
-    worst = pair_sums(rows.astype(np.int16)).astype(np.int64) * INPUT_MAX
     flagged = int(np.count_nonzero(worst > SUM_MAX))
-    return PairSums(str(node.name), node.op_type, len(rows), flagged, int(worst.max(initial=0)))
+    return PairSums(str(node.name), node.op_type, len(worst), flagged, int(worst.max(initial=0)))
 
 
 def _source(node: ir.Node, index: int) -> ir.Value | None:

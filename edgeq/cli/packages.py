@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 @click.argument("package", type=PATH)
 @click.option("-e", "-c", "--evaluation", metavar="DATA", help="Held-out samples, with labels where known.")
 @click.option("--on", metavar="DEVICE", help="Measure on a device: its name, ssh://user@host or adb://SERIAL.")
+@click.option("--divergence", is_flag=True, help="Find the first node that computes otherwise on the device.")
 @click.option("--reference", metavar="MODEL", help="Float model to compare with.  [default: the one it was made from]")
 @options.limits
 @options.threads
@@ -132,6 +133,33 @@ def compare(first: Path, second: Path, html: Path | None, force: bool) -> Answer
 
     found = run(first, second, html=html, force=force)
     return Answer(found.tree(), render_text(found))
+
+
+@cli.command(cls=Command, epilog=EPILOG)
+@click.argument("first", type=PATH)
+@click.argument("second", type=PATH, required=False)
+@click.option("-c", "--calibration", metavar="DATA", help="Samples to run.")
+@click.option("--on", metavar="DEVICE", help="Run the second model, or the only one, on this device.")
+@click.option("--limit", type=click.IntRange(min=1), default=2, show_default=True, metavar="N", help="Samples used.")
+@options.synthetic
+@options.preprocessing
+@options.quiet
+@options.as_json
+def divergence(first: Path, second: Path | None, quiet: bool, **settings: Any) -> Report:
+    """Find the first node that computes otherwise elsewhere.
+
+    Each node gets the same inputs on both sides, so that differences don't pile up; what differs by more than rounding
+    is told with what it looks like: a wrong scale or zero point, saturation, a kernel in float. FIRST, a model or a
+    package, runs here; SECOND, a changed copy, here or on the device. Without SECOND, FIRST runs on both.
+
+    \b
+    edgeq divergence net.edgeq -c photos/ --on pi
+    edgeq divergence old.onnx new.onnx -c photos/
+    """
+    from edgeq.apart import divergence as run
+
+    with progress_of(quiet) as progress:
+        return run(first, second, progress=progress, **settings)
 
 
 @cli.command(cls=Command, epilog=EPILOG)

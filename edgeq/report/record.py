@@ -138,6 +138,27 @@ class NodeForecast:
 
 
 @dataclass(frozen=True)
+class Divergence:
+    """A node that computes otherwise there than here, from equal inputs, told by the ``tensor`` it writes.
+
+    ``cause``: ``rounding`` when right kernels may differ by that much, else what it looks like: ``scale``,
+    ``zero point``, ``saturation``, ``fallback``, ``constants`` (that two models have otherwise), ``precision``,
+    ``not finite``, ``shape`` or ``unknown``. ``largest``: difference, in codes of integers; ``share``: of the values
+    that differ. ``changed``: the constants."""
+
+    node: str
+    op: str
+    tensor: str
+    cause: str
+    why: str
+    largest: float
+    share: float
+    kernel: str = ""
+    kernel_there: str = ""
+    changed: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Artifact:
     """A file that runs. ``digest`` is sha256 of the model with its weights; sizes in bytes, external data included."""
 
@@ -169,6 +190,7 @@ class Report:
     sensitivity: tuple[AtomNoise, ...] = ()  # loudest first; of export only when a repair needed it
     candidates: tuple[dict[str, Any], ...] = ()  # what was measured: name, ships, why, …
     forecast: tuple[NodeForecast, ...] = ()  # of inspect: a row a node, in graph order
+    divergence: tuple[Divergence, ...] = ()  # what differs from here to there given equal inputs, in graph order
     footprint: dict[str, Any] = field(default_factory=dict)  # formula, formats, kv_cache, memory: bytes before building
     advice: tuple[dict[str, Any], ...] = ()  # a row a tensor: values, candidates with predicted snr_db, format, why
     schema: int = SCHEMA

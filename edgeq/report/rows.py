@@ -210,6 +210,25 @@ def sensitivity_rows(report: Report, count: int | None = None) -> list[dict[str,
     return [{k: v for k, v in row.items() if any(other[k] is not None for other in found)} for row in found]
 
 
+def divergence_rows(report: Report, count: int | None = None) -> list[dict[str, Any]]:
+    """Nodes that compute otherwise elsewhere, in graph order; with a ``count``, that many of those that rounding
+    doesn't explain. Columns nobody filled are left out."""
+    shown = [row for row in report.divergence if count is None or row.cause != "rounding"][:count]
+    found = [
+        {"diverges": row.node, "op": row.op, "cause": row.cause, "largest": row.largest, "share %": 100 * row.share,
+         "kernel": row.kernel, "kernel there": "" if row.kernel_there == row.kernel else row.kernel_there,
+         "why": row.why, "changed": "; ".join(row.changed), "tensor": row.tensor}
+        for row in shown
+    ]  # fmt: skip
+    return [{k: v for k, v in row.items() if any(other[k] != "" for other in found)} for row in found]
+
+
+def parting(report: Report) -> str:
+    """One sentence on the first node that computes otherwise, "" where it wasn't looked for or there is none."""
+    first = next((row for row in report.divergence if row.cause != "rounding"), None)
+    return "" if first is None else f"first divergence at {first.op} {first.node}: {first.cause}, {first.why}"
+
+
 def interval(check: Check) -> str:
     """``0.58 … 0.66``, empty when the value wasn't sampled."""
     if check.low is None or check.high is None:
@@ -284,6 +303,8 @@ def verdict(report: Report) -> str:
     if report.sensitivity and report.artifact is None:
         loudest = report.sensitivity[0]
         return f"{len(report.sensitivity)} atoms measured: {loudest.atom} alone leaves {loudest.noise_db:.1f} dB of SNR"
+    if report.recipe == "divergence":
+        return parting(report) or "no node computes otherwise by more than rounding"
     failed = [check for check in report.checks if not check.passed]
     limited = [check for check in report.checks if check.limit is not None]
     if failed:

@@ -17,6 +17,7 @@ from edgeq.report.record import Report
 
 TOP_ISLANDS = 10
 TOP_SENSITIVE = 5
+TOP_DIVERGENT = 5
 
 
 def render(report: Report) -> Group:
@@ -32,6 +33,7 @@ def render(report: Report) -> Group:
         *_footprint(report),
         *_advice(report),
         _sensitivity(report),
+        _divergence(report),
         *_notices(report),
         *(Text(f"given up  {line}", style="yellow") for line in rows.given_up(report)),
         Text(rows.verdict(report), style="bold green" if report.passed else "bold red"),
@@ -133,6 +135,18 @@ def _sensitivity(report: Report) -> Group | None:
     for row in found:
         table.add_row(*(rows.number(row[name]) if name in numeric else escape(row[name]) for name in row))
     more = len(report.sensitivity) - len(found)
+    return Group(table, *([Text(f"… and {more} more", style="dim")] if more else []))
+
+
+def _divergence(report: Report) -> Group | None:
+    found = rows.divergence_rows(report, TOP_DIVERGENT)
+    if not found:
+        return None
+    numeric = ("largest", "share %")
+    table = _table(*found[0], right=numeric)
+    for row in found:
+        table.add_row(*(rows.number(row[name]) if name in numeric else escape(row[name]) for name in row))
+    more = sum(row.cause != "rounding" for row in report.divergence) - len(found)
     return Group(table, *([Text(f"… and {more} more", style="dim")] if more else []))
 
 
