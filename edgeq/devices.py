@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from edgeq.ir import io
 from edgeq.packaging import Golden, Variant, read_directory, read_manifest
 from edgeq.packaging.manifest import OLDEST_RUNTIME
 from edgeq.report.record import Check
+from edgeq.report.recorder import Recorder
 from edgeq.run.device import Device, measure, open_device, registry
 from edgeq.run.record import Feed
 from edgeq.run.timing import TimedConfig
@@ -64,6 +66,30 @@ def ran(device: Device, variant: Variant, provider: Provider) -> tuple[Check, ..
         runs = measure.graph(device, config, golden.inputs, path, list(golden.compared))
         kernels = Counter(node.op_type for node in io.read(path).graph if is_integer(node))
     return _repeated(golden, [found for _, found in runs]), _kernels(kernels, variant)
+
+
+def kept_up(
+    device: Device, model: Path, provider: Provider, feeds: Sequence[Feed], threads: int, seconds: float,
+    recorder: Recorder,
+) -> tuple[dict[str, Any], tuple[Check, ...]]:  # fmt: skip
+    """A model run back to back there: what a report's ``sustained`` holds, ``sustained_ratio`` and, where the device
+    counts its energy, ``joules_per_run``. That it throttles, or tells no energy, is noted."""
+    config = TimedConfig("artifact", model, provider=provider)
+    found = measure.sustained(device, config, feeds, threads=threads, seconds=seconds)
+    words = [f"p50 {found.early_ms:.4g} → {found.late_ms:.4g} ms in {found.seconds:.0f} s, {threads} threads"]
+    for name, unit in (("mhz", "MHz"), ("celsius", "°C")):
+        told = [window[name] for window in found.windows if name in window]
+        words += [f"{told[0]:.0f} → {told[-1]:.0f} {unit}"] if told else []
+    words += ["not a device measurement"] if device.facts.emulator else []
+    note, ratio = "; ".join(words), found.ratio
+    checks = [Check("sustained_ratio", ratio.value, "", ratio.low, ratio.high, samples=found.laps, note=note)]
+    if found.throttled:
+        recorder.warn("throttling", f"{device.address} becomes slower while it runs: {note}")
+    if found.joules_per_run is None:
+        recorder.info("no-energy", f"{device.address} tells no energy: {found.energy.source}")
+    else:
+        checks.append(Check("joules_per_run", found.joules_per_run, "J", samples=found.laps, note=found.energy.source))
+    return {**asdict(found), "throttled": found.throttled}, tuple(checks)
 
 
 def _repeated(golden: Golden, runs: list[Feed]) -> Check:

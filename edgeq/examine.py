@@ -19,7 +19,7 @@ from edgeq.analyse.store import Store
 from edgeq.apart import check as parting
 from edgeq.apart import on_device as parted
 from edgeq.context import Context
-from edgeq.devices import facts_of, fitting, ran
+from edgeq.devices import facts_of, fitting, kept_up, ran
 from edgeq.errors import PackageError, RecipeError, UsageError
 from edgeq.facts import environment, samples_facts, source_facts, target_facts, timing_facts
 from edgeq.given import (
@@ -42,13 +42,14 @@ from edgeq.report.record import AtomNoise, Check, Coverage, Divergence, Island, 
 from edgeq.report.recorder import Recorder
 from edgeq.run.device import Device, open_device, registry
 from edgeq.run.record import Timing
-from edgeq.run.samples import load_samples
+from edgeq.run.samples import load_samples, take
 from edgeq.run.session import feeds_like, open_session
 from edgeq.run.timing import TimedConfig, compare, ratio
 from edgeq.source import read_model
 from edgeq.target.load import load_target
 from edgeq.target.oracle import Oracle
 from edgeq.target.record import CPU, Provider
+from edgeq.validator import TIMED_SAMPLES
 from edgeq.validator import validate as measure
 
 
@@ -132,11 +133,13 @@ def validate(
     seed: int = 0,
     on: str | None = None,
     divergence: bool = False,
+    sustained: float | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Measure a package again: digests and golden runs, then accuracy and latency against ``reference``, by default the
     model it was made from. ``on``: a device's name or address; without one, on this machine. ``divergence``: also look
     for the first node that computes otherwise there than here, as is done in any case when golden runs differ.
+    ``sustained``: also run it back to back for so many seconds.
 
     Raises PackageError when the package is altered, DeviceError when the device fails or can't run it."""
     if divergence and on is None:
@@ -165,12 +168,18 @@ def validate(
             with recorder.step("divergence", len(variant.golden.inputs)):
                 found = parted(device, variant.model, provider, variant.golden.inputs)
             apart, on_device = found.rows, (*on_device, parting(found))
+        load: dict[str, Any] = {}
+        if sustained is not None:
+            place, feeds = device or stack.enter_context(open_device("local")), [*take(samples, TIMED_SAMPLES)]
+            with recorder.step("sustained", len(feeds)):
+                load, checks = kept_up(place, variant.model, provider, feeds, max(counts), sustained, recorder)
+            on_device = (*on_device, *checks)
         told = {"device": {**facts_of(device), "states": list(validation.states)}} if device else {}
     return replace(
         variant.report, checks=(*on_device, *validation.checks), latency=timing_facts(validation.timings),
         steps=tuple(recorder.steps), notices=(*variant.report.notices, *recorder.notices),
         environment=environment() | told, samples={"evaluation": samples_facts(samples)}, candidates=(),
-        source=source_facts(info, model), divergence=apart,
+        source=source_facts(info, model), divergence=apart, sustained=load,
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from edgeq.cli import main
 from edgeq.packaging import PACKAGES
 from edgeq.report import html
 from edgeq.report.codec import from_json
-from edgeq.report.rows import banners, title
+from edgeq.report.rows import banners, sustained_line, title
 from edgeq.run.device import registry
 from edgeq.validator import validate as measure
 from tests import packaged, small_net
@@ -51,8 +51,14 @@ def test_a_package_is_measured_on_a_device_by_its_name(
     (own / "work").mkdir()
     assert main(["device", "add", "here", f"local?folder={own / 'work'}"]) == 0
     capsys.readouterr()
-    main([*words(made, made / "net.edgeq", "here"), "--json"])
+    main([*words(made, made / "net.edgeq", "here"), "--json", "--sustained", "1"])
     report = from_json(capsys.readouterr().out)
+    assert report.check("sustained_ratio").samples == report.sustained["laps"] > 0
+    assert "joules_per_run" in {check.name for check in report.checks} or "no-energy" in {
+        notice.code for notice in report.notices
+    }
+    shown = html.render(report)
+    assert "Back to back (12)" in shown and sustained_line(report).startswith("back to back for 1 s")
     assert (report.check("golden").value, report.check("golden").samples) == (0, 2)
     assert report.check("integer_kernels").value == 0
     assert report.check("top1_drop").value == 0 and report.check("max_abs").value == 0

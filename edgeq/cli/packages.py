@@ -19,6 +19,14 @@ if TYPE_CHECKING:
 @click.argument("package", type=PATH)
 @click.option("-e", "-c", "--evaluation", metavar="DATA", help="Held-out samples, with labels where known.")
 @click.option("--on", metavar="DEVICE", help="Measure on a device: its name, ssh://user@host or adb://SERIAL.")
+@click.option(
+    "--sustained",
+    type=click.FloatRange(min=1),
+    is_flag=False,
+    flag_value=60,
+    metavar="SECONDS",
+    help="Also run it back to back this long: throttling, energy.  [60 where no number is given]",
+)
 @click.option("--divergence", is_flag=True, help="Find the first node that computes otherwise on the device.")
 @click.option("--reference", metavar="MODEL", help="Float model to compare with.  [default: the one it was made from]")
 @options.limits

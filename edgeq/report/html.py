@@ -107,6 +107,7 @@ def _tables(report: Report) -> Iterable[str]:
         for row in rows.latency_rows(report)
     ]
     yield _section("Latency", latency)
+    yield _section("Back to back", rows.sustained_rows(report))
     islands = [{"node": i.node, "op": i.op, "MACs": i.macs, "reason": i.reason} for i in rows.top_islands(report)]
     yield _section("Float islands", islands)
     if report.coverage:

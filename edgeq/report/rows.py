@@ -210,6 +210,32 @@ def sensitivity_rows(report: Report, count: int | None = None) -> list[dict[str,
     return [{k: v for k, v in row.items() if any(other[k] is not None for other in found)} for row in found]
 
 
+def sustained_rows(report: Report) -> list[dict[str, Any]]:
+    """Windows of a sustained run; columns the device doesn't tell are left out."""
+    return [
+        {"until s": row["at_s"], "runs": row["laps"], "p50 ms": row["p50_ms"], "p90 ms": row["p90_ms"]}
+        | ({"MHz": row["mhz"]} if "mhz" in row else {})
+        | ({"hottest °C": row["celsius"]} if "celsius" in row else {})
+        for row in report.sustained.get("windows", ())
+    ]
+
+
+def sustained_line(report: Report) -> str:
+    """One sentence on a sustained run, "" without one: latency, clocks and heat from its first window to its last."""
+    found = sustained_rows(report)
+    if not found:
+        return ""
+    first, last = found[0], found[-1]
+    words = [
+        f"{name} {number(first[name])} → {number(last[name])}"
+        for name in ("p50 ms", "MHz", "hottest °C")
+        if name in last
+    ]
+    least = min(row["p50 ms"] for row in found)
+    bars = spark([row["p50 ms"] - 0.9 * least for row in found])
+    return f"back to back for {last['until s']:.0f} s  {bars}  {', '.join(words)}"
+
+
 def divergence_rows(report: Report, count: int | None = None) -> list[dict[str, Any]]:
     """Nodes that compute otherwise elsewhere, in graph order; with a ``count``, that many of those that rounding
     doesn't explain. Columns nobody filled are left out."""

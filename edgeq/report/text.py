@@ -28,6 +28,7 @@ def render(report: Report) -> Group:
         *map(Text, rows.source_lines(report)),
         _checks(report),
         _latency(report),
+        *([Text(rows.sustained_line(report))] if report.sustained else []),
         _coverage(report),
         _forecast(report),
         *_footprint(report),

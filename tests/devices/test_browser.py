@@ -91,8 +91,13 @@ def test_a_package_is_measured_in_a_browser(
     model, _, evaluation = small_net.write(tmp_path)
     package = PACKAGES["dir"](packaged.classifier(tmp_path / "made"), tmp_path / "net.edgeq")
     words = ["validate", str(package), "-c", str(evaluation), "--reference", str(model), "--on", "web://wasm"]
-    assert main([*words, "--threads", "1", "--json", "-q"]) == 0
+    assert main([*words, "--threads", "1", "--sustained", "1", "--divergence", "--json", "-q"]) == 0
     report = from_json(capsys.readouterr().out)
+    assert report.check("sustained_ratio").value > 0 and len(report.sustained["windows"]) == 12
+    assert [notice.message for notice in report.notices if notice.code == "no-energy"] == [
+        "web://wasm tells no energy: a browser shows no energy"
+    ]
+    assert report.check("diverging_nodes").value == 0
     assert report.check("golden").value == 0 and report.check("top1_drop").value == 0
     assert report.check("load_ms").value > 0 and report.latency["artifact"]["1"]["p99_ms"] > 0
     assert report.environment["device"]["system"].startswith("HeadlessChrome/")

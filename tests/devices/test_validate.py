@@ -54,6 +54,22 @@ def test_a_package_keeps_its_promise_on_every_core(
     assert latency.limit is None and "not a device measurement" in latency.note
 
 
+def test_a_board_runs_it_back_to_back(
+    made: Path, boards: Boards, at_home: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    board = boards("a76")
+    at_home(board.home)
+    zone = board.files / "sys/class/thermal/thermal_zone0"
+    zone.mkdir(parents=True)
+    (zone / "type").write_text("cpu\n")
+    (zone / "temp").write_text("48250\n")
+    report = from_json(validated(made, capsys, "arm.edgeq", board.address, "--sustained", "3"))
+    check = report.check("sustained_ratio")
+    assert check.low is not None and check.low <= check.value and "not a device measurement" in check.note
+    assert {window["celsius"] for window in report.sustained["windows"]} == {48.25}
+    assert "tells no energy: no energy counter is exposed" in "".join(notice.message for notice in report.notices)
+
+
 def test_files_for_another_processor_are_refused(
     made: Path, boards: Boards, at_home: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -25,6 +25,7 @@ import time
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple  # noqa: UP035 - used at run time by Python 3.8
 
+WINDOWS = 12  # parts of a sustained run; the state is read between them
 MIN_LAPS, MAX_LAPS, MIN_ROUNDS, MAX_ROUNDS = 2, 20, 3, 2000
 TURN_MS = 20.0  # a turn lasts about this long, so that short laps aren't all hand-over
 WATCH_SECONDS = 0.05
@@ -79,6 +80,20 @@ def state() -> Tree:
         "governor": ", ".join(sorted({_text(core / "scaling_governor") for core in cores})),
         "mhz": [int(clock) / 1000 for clock in (_text(core / "scaling_cur_freq") for core in cores) if clock],
         "celsius": {_text(zone / "type") or zone.name: int(heat) / 1000 for zone, heat in zones.items() if heat},
+    }
+
+
+RAPL = ("name", "energy_uj", "max_energy_range_uj")
+BATTERY = ("status", "energy_now", "charge_now", "voltage_now", "current_now", "power_now")
+
+
+def power(root: Path = Path("/sys/class")) -> Tree:
+    """What the kernel shows of energy, in its own words and units: counters of processor packages, batteries."""
+    zones = [zone for zone in sorted((root / "powercap").glob("intel-rapl:*")) if zone.name.count(":") == 1]
+    supplies = [one for one in sorted((root / "power_supply").glob("*")) if _text(one / "type") == "Battery"]
+    return {
+        "rapl": [{key: _text(zone / key) for key in RAPL} for zone in zones],
+        "batteries": [{key: _text(one / key) for key in BATTERY} for one in supplies],
     }
 
 
@@ -287,6 +302,27 @@ def _compare(job: Tree, _name: str) -> Tree:
     return {"timings": {one.model["name"]: one.timing() for one in contenders}, "before": before, "after": state()}
 
 
+def _sustained(job: Tree, _name: str) -> Tree:
+    """Laps of one model back to back for ``seconds``, in windows, with the device's state and energy around each."""
+    model = job["models"][0]
+    session = _open(model, job["threads"])
+    inputs = [one.name for one in session.get_inputs()]
+    feeds = [{name: feed[name] for name in inputs} for feed in _feeds(job["feeds"])]
+    _run(session, model, feeds[0], None)
+    windows, count = [], 0  # type: List[Tree], int
+    start = time.monotonic()
+    before = {"at_s": 0.0, "power": power(), **state()}
+    while len(windows) < WINDOWS and (not windows or time.monotonic() < start + job["seconds"]):
+        end, laps = start + job["seconds"] * (len(windows) + 1) / WINDOWS, []  # type: float, List[float]
+        while not laps or time.monotonic() < end:
+            begun = time.perf_counter_ns()
+            session.run(None, feeds[count % len(feeds)])
+            laps.append(round((time.perf_counter_ns() - begun) / 1e6, 4))
+            count += 1
+        windows.append({"laps_ms": laps, "at_s": time.monotonic() - start, "power": power(), **state()})
+    return {"before": before, "windows": windows}
+
+
 class _Contender:
     """A model and what has been measured of it so far."""
 
@@ -358,7 +394,9 @@ def _versions(_job: Tree, _name: str) -> Tree:
             "providers": onnxruntime.get_available_providers()}  # fmt: skip
 
 
-TASKS = {"versions": _versions, "outputs": _outputs, "compare": _compare, "memory": _memory}
+TASKS = {
+    "versions": _versions, "outputs": _outputs, "compare": _compare, "memory": _memory, "sustained": _sustained,
+}  # fmt: skip
 
 if __name__ == "__main__":
     if sys.argv[1] == "facts":

@@ -18,6 +18,7 @@ from edgeq.errors import UsageError
 from edgeq.ir import io
 from edgeq.run.device import tensors
 from edgeq.run.device.record import Device
+from edgeq.run.device.sustained import Sustained, sustained_of
 from edgeq.run.record import Feed, Timing
 from edgeq.run.session import timing_of
 from edgeq.run.timing import Footprint, TimedConfig
@@ -90,6 +91,13 @@ def measure_memory(device: Device, config: TimedConfig, feed: Feed, *, threads: 
         median(run["load_ms"] for run in runs),
         median(run["first_ms"] for run in runs),
     )
+
+
+def sustained(
+    device: Device, config: TimedConfig, feeds: Sequence[Feed], *, threads: int = 1, seconds: float = 60.0
+) -> Sustained:
+    """One configuration back to back on ``feeds`` taken in turn for ``seconds``."""
+    return sustained_of(_job(device, "sustained", [config], feeds, threads=threads, seconds=seconds), threads)
 
 
 class Clock:
