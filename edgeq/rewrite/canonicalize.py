@@ -13,6 +13,7 @@ from edgeq.rewrite import (
     activation,
     affine,
     arithmetic,
+    einsum,
     fold,
     forward,
     linear,
@@ -37,6 +38,7 @@ REWRITES: tuple[tuple[str, Rewrite], ...] = (
     ("merge-regroupings", noop.merge_regroupings),
     ("merge-initializers", share.merge_initializers),
     ("merge-nodes", share.merge_nodes),
+    ("einsums-as-products", einsum.einsums),
     ("sums-as-adds", arithmetic.sums_as_adds),
     ("subtract-as-add", arithmetic.subtract_as_add),
     # names before constants move: the patterns look for the constants of formulas
