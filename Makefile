@@ -6,7 +6,7 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint c
 ZOO = $(shell $(PYTHON) -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['zoo'])")
 SAMPLES = $(sort $(wildcard samples/[0-9]*.py))
 
-.PHONY: venv demo test check check-all lint qemu devices browser zoo npu samples bench golden size clean
+.PHONY: venv demo test check check-all lint qemu devices browser zoo npu environments samples bench golden size clean
 
 venv: .venv/installed
 
@@ -64,6 +64,9 @@ npu: venv  ## Qualcomm's NPU; on x86-64 Linux its plug-in is an emulator. In CI 
 	@if [ "$$(uname -sm)" = "Linux x86_64" ]; then $(INSTALL) --editable '.[qnn]'; else echo "no emulator for $$(uname -sm)"; fi
 	$(BIN)/python -m tests.zoo fetch
 	$(BIN)/pytest -m qnn --durations 8
+
+environments: venv browser  ## 2.3 GB of Python environments for tests of OpenVINO, WebGPU and RKNN; without them these are skipped
+	$(BIN)/python -m tests.environments
 
 samples: venv
 	set -e; for sample in $(SAMPLES); do echo "== $$sample"; $(BIN)/python $$sample; done

@@ -106,7 +106,8 @@ def sensitivity(
     plan, quantized, seen = quantizer.fused()
     rows: tuple[AtomNoise, ...] = ()
     if plan.integer:
-        quantizer.learn_costs(plan, quantized)
+        if chosen.provider == CPU.name:  # others compile nodes together, and tell no time of each
+            quantizer.learn_costs(plan, quantized)
         rows = quantizer.ranking(plan, restore=True)
     else:
         recorder.warn("nothing-to-quantize", "no node of this model has an integer kernel worth its Q/DQ")

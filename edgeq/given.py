@@ -130,7 +130,7 @@ def read_with_samples(
 def symbolic(model: ir.Model) -> list[str]:
     """Inputs with a dimension that isn't fixed."""
     fed = (value for value in model.graph.inputs if value.name not in model.graph.initializers)
-    return [str(value.name) for value in fed if None in (query.dims(value) or (None,))]
+    return [str(value.name) for value in fed if (dims := query.dims(value)) is None or None in dims]
 
 
 def branches(model: ir.Model) -> list[ir.Node]:

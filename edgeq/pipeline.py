@@ -192,14 +192,12 @@ def _validate(
     sizes = size(floats[0].path, chosen.path, limits)
     if elsewhere(target):
         with context.recorder.step("validate", len(held_out)):
-            known = chosen.plan is not None or (chosen.proof is not None and target.provider == CPU.name)
-            accurate = chosen.checks if known else judge(chosen.path)
+            accurate = _accuracy(chosen, judge, target)
         return Validation((*accurate, *sizes), {})
     configs = [TimedConfig(draft.name, draft.path, provider=target.execution) for draft in floats]
     artifact = TimedConfig("artifact", chosen.path, provider=target.execution)
     with context.recorder.step("validate", len(held_out)):
-        simulated = chosen.proof is not None and target.provider != CPU.name
-        accurate = judge(chosen.path) if simulated or not chosen.checks else chosen.checks
+        accurate = _accuracy(chosen, judge, target)
         fast = latency(
             configs, artifact, [*take(held_out, TIMED_SAMPLES)], threads=target.threads, limits=limits,
             max_seconds=VALIDATE_SECONDS, seed=context.seed,
@@ -221,6 +219,12 @@ def _repeated(model: Path, samples: Samples, provider: Provider = CPU) -> Golden
     """Some runs of a file, without tolerances."""
     session, feeds = open_session(model, provider=provider), [*take(samples, GOLDEN_SAMPLES)]
     return Golden(tuple(feeds), tuple(run_session(session, feed) for feed in feeds), {})
+
+
+def _accuracy(chosen: Draft, judge: Judge, target: Target) -> tuple[Check, ...]:
+    """Accuracy on the target's provider: float files were judged on the CPU so far, if at all."""
+    judged = chosen.plan is not None or target.execution == target.simulation
+    return (judged and chosen.checks) or judge(chosen.path)
 
 
 def _golden(chosen: Draft, reference: Path, held_out: Samples, target: Target) -> Golden:

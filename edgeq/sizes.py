@@ -171,7 +171,7 @@ def _of_model(model: Any, pins: Pins, calibration: str | None, asked: _Asked) ->
         path = _file(model, tidy, Path(folder))
         raw = io.read(path)
         feed, samples = _feed(input_specs(raw), pins, calibration)
-        ran, optimised = executed(path, feed, provider=asked.target.execution)
+        ran, optimised = executed(path, feed, provider=asked.target.simulation)
         peak = predict(raw, path.stat().st_size, optimised, ran)
         size = io.size_bytes(path)
         download = bytes_of.compressed_bytes(bytes_of.read_chunks(_files(path, raw)))

@@ -10,6 +10,7 @@ import pytest
 import edgeq
 from edgeq.analyse.forecast import FIXES
 from edgeq.cli import main
+from edgeq.given import symbolic
 from edgeq.ir import io
 from edgeq.report.record import NodeForecast
 from edgeq.target.load import load_target
@@ -75,3 +76,9 @@ def test_forecast_is_what_the_cpu_does_over_the_zoo() -> None:
     agreed, count = (sum(row[index] for row in rows.values()) for index in (0, 1))
     assert count > 900
     assert agreed >= 0.98 * count, {name: wrong for name, (_, _, wrong) in rows.items() if wrong}
+
+
+def test_a_scalar_input_has_a_fixed_shape() -> None:
+    scalar = graph("(float[1,4] x, int64 s) => (float[1,4] y) { f = Cast<to=1>(s) y = Mul(x, f) }")
+    assert symbolic(scalar) == []
+    assert symbolic(graph("(float[n,4] x, int64 s) => (float[n,4] y) { f = Cast<to=1>(s) y = Mul(x, f) }")) == ["x"]

@@ -19,9 +19,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgeq.errors import RuntimeUnavailableError
 from edgeq.num.quant import parse_quant
+from edgeq.target.environment import cache_folder
 from edgeq.target.load import load_target
 from edgeq.target.micro import micro_model
-from edgeq.target.oracle import Oracle, cache_folder
+from edgeq.target.oracle import Oracle
 from edgeq.target.patterns import PATTERNS, Row, build, carried, table
 from edgeq.target.question import question, signature
 from edgeq.target.record import Target

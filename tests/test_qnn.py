@@ -175,7 +175,7 @@ def test_process_that_dies_is_an_error_and_the_next_call_starts_another() -> Non
     feed = {"x": np.array([[-1, 0, 1, 2]], np.float32)}
     expected = run_session(session, feed)["y"]
     np.testing.assert_allclose(expected, [[0, 0, 1, 2]], atol=1e-3)  # f16 inside
-    os.kill(isolated._RUNNING[0].child.pid, signal.SIGKILL)
+    os.kill(isolated._RUNNING[sys.executable].child.pid, signal.SIGKILL)
     with pytest.raises(RuntimeUnavailableError, match="the process of the provider ended with signal 9"):
         run_session(session, feed)
     np.testing.assert_array_equal(run_session(open_session(network, provider=provider), feed)["y"], expected)

@@ -77,7 +77,12 @@ def ran(model: ir.Model, plan: Plan, target: Target) -> dict[str, tuple[str, str
     if target.provider != CPU.name:
         placed = placed_on(model, target)
         found = {atom.name: verdict(atom.head, atom.name, placed, target) for atom in plan.atoms}
-        return {name: (one.provider or target.provider, one.kind) for name, one in found.items() if one.kernel}
+        told = placed.kernels is not None  # else what has no Q/DQ is float
+        return {
+            name: (one.provider or target.provider, one.kind if told or name in plan.integer else "float")
+            for name, one in found.items()
+            if one.kernel
+        }
     graph = optimised(model, target).graph
     propagate_types(graph)
     origin = trace(model, graph).origin

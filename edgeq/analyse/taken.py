@@ -16,17 +16,20 @@ from edgeq.analyse.coverage import QDQ, computes, why_float
 from edgeq.analyse.place import Plan, Shapes
 from edgeq.ir import io, query
 from edgeq.report.record import Coverage, Island
+from edgeq.run.session import input_specs, random_feed
 from edgeq.target.compiled import verdict
 from edgeq.target.placement import Placement, placement
+from edgeq.target.provider import silent
 from edgeq.target.record import CPU, Target
 
 
 def placed_on(model: ir.Model, target: Target) -> Placement:
-    """How the runtime places ``model`` on the target's provider."""
+    """How the runtime places ``model`` on the target's provider. Only a run of a ``silent`` one tells, on anything."""
+    feed = random_feed(input_specs(model)) if silent(target.execution) else None
     with tempfile.TemporaryDirectory(prefix="edgeq-", ignore_cleanup_errors=True) as folder:
         path = Path(folder) / "model.onnx"
         io.write(model, path)
-        return placement(path, target.execution, {})
+        return placement(path, target.execution, {}, feed)
 
 
 def read_back(model: ir.Model, plan: Plan, shapes: Shapes, target: Target) -> tuple[Coverage, dict[str, str]]:

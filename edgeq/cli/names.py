@@ -151,6 +151,7 @@ def _details(value: Any) -> dict[str, str]:
 
 def _kernels(target: Target) -> dict[str, str]:
     """What the runtime of this machine makes of each standard pattern in the target's formats."""
+    from edgeq.target.isolated import version_of
     from edgeq.target.patterns import table
     from edgeq.target.runtime import runtime_version
 
@@ -158,9 +159,8 @@ def _kernels(target: Target) -> dict[str, str]:
         answers = table(target)
     except errors.RuntimeUnavailableError as error:
         return {"kernels": f"can't be asked here: {error.message}; to ask, {error.hint}"}
-    asked = {
-        "kernels": f"asked of ONNX Runtime {runtime_version()} on this machine, with Q/DQ on each edge not called float"
-    }
+    runtime = version_of(target.execution) or f"ONNX Runtime {runtime_version()}"
+    asked = {"kernels": f"asked of {runtime} on this machine, with Q/DQ on each edge not called float"}
     return asked | {f"kernel of {row.pattern}": _verdict(row) for row in answers}
 
 

@@ -79,12 +79,16 @@ def open_session(
     """Load ``model`` (file, serialised bytes or IR) and return a session ready to run.
 
     ``config`` holds session config entries besides the provider's. ``shared_pool`` uses the process-wide thread pool,
-    whose size ``onnxruntime.set_global_thread_pool_sizes`` sets before the first session; ``threads`` has no effect
-    then. ``isolated`` is False in a process that may die, and where the profiler is read. Raises ModelError when the
-    runtime refuses the model, RuntimeUnavailableError when ``provider`` isn't here or takes no node of it.
+    whose size ``onnxruntime.set_global_thread_pool_sizes`` sets before the first session; ``threads`` then counts for
+    providers with a pool of their own only. ``isolated`` is False in a process that may die, and where the profiler is
+    read. Raises ModelError when the runtime refuses the model, RuntimeUnavailableError when ``provider`` isn't here or
+    takes no node of it.
     """
     settings = _settings(threads, level, shared_pool)
-    provider = replace(provider, session={**provider.session, **(config or {})})
+    own_pool = {provider.threads_option: str(threads)} if provider.threads_option else {}
+    provider = replace(
+        provider, session={**provider.session, **(config or {})}, options={**provider.options, **own_pool}
+    )
     if optimized_path is not None:
         settings["optimized_model_filepath"] = str(optimized_path)
     if profile_prefix is not None:

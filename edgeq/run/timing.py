@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -30,6 +29,7 @@ from edgeq import errors
 from edgeq.errors import RuntimeUnavailableError, SampleError, UsageError
 from edgeq.run.record import Feed, Timing
 from edgeq.run.session import Level, timing_of
+from edgeq.target.environment import python_for
 from edgeq.target.record import CPU, Provider
 
 
@@ -183,7 +183,7 @@ def _in_worker(task: str, configs: Sequence[TimedConfig], feeds: Sequence[Feed],
         }
         (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
         done = subprocess.run(
-            [sys.executable, "-m", "edgeq.run.worker", task, str(folder)],
+            [_python(configs), "-m", "edgeq.run.worker", task, str(folder)],
             env={**os.environ, "PYTHONPATH": _python_path()},
             capture_output=True,
             text=True,
@@ -202,6 +202,16 @@ def _in_worker(task: str, configs: Sequence[TimedConfig], feeds: Sequence[Feed],
     if "error" in result:
         raise getattr(errors, result["error"])(result["message"], hint=result["hint"])
     return result
+
+
+def _python(configs: Sequence[TimedConfig]) -> str:
+    """The interpreter all of ``configs`` run in: what is timed side by side shares a process."""
+    pythons = {python_for(config.provider) for config in configs}
+    if len(pythons) > 1:
+        raise UsageError(
+            f"can't time providers of different Python environments side by side: {', '.join(sorted(pythons))}"
+        )
+    return pythons.pop()
 
 
 def _python_path() -> str:

@@ -47,9 +47,9 @@ def _feeds(folder: Path, inputs: list[list[str]]) -> list[Feed]:
 class _Contender:
     """A session and what has been measured of it so far."""
 
-    def __init__(self, config: dict[str, Any], feed: Feed, warmup: int) -> None:
+    def __init__(self, config: dict[str, Any], feed: Feed, warmup: int, threads: int) -> None:
         self.name = config["name"]
-        self.session, self.load_ms = _timed(lambda: _open(config, threads=1, shared_pool=True))
+        self.session, self.load_ms = _timed(lambda: _open(config, threads=threads, shared_pool=True))
         self.inputs = {arg.name for arg in self.session.get_inputs()}
         _, self.first_ms = _timed(lambda: run_session(self.session, self.taken(feed)))
         self.outputs = [arg.name for arg in self.session.get_outputs()]
@@ -96,7 +96,7 @@ def _timed(action: Callable[[], Any]) -> tuple[Any, float]:
 def _compare(job: dict[str, Any], feeds: list[Feed]) -> dict[str, Any]:
     """Interleaved laps of all configurations; see ``timing.compare``."""
     onnxruntime.set_global_thread_pool_sizes(job["threads"], 1)
-    contenders = [_Contender(config, feeds[0], job["warmup"]) for config in job["configs"]]
+    contenders = [_Contender(config, feeds[0], job["warmup"], job["threads"]) for config in job["configs"]]
     rng = np.random.default_rng(job["seed"])
     gc.disable()
     for index in _rounds(job, contenders):

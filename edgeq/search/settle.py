@@ -30,6 +30,7 @@ from edgeq.run.record import Feed
 from edgeq.run.timing import Ratio, TimedConfig, compare, ratio
 from edgeq.steps import equalize
 from edgeq.target.detect import elsewhere
+from edgeq.target.record import CPU
 
 ENOUGH_DB = 40.0  # of SNR: a hundredth of the amplitude; a recipe's relief takes nothing off below
 MORE_DB = (0, 2, 4)  # a relieved draft may still drop by a sample or two too many; then a little more is relieved
@@ -156,7 +157,7 @@ def _whole_drafts(quantizer: Quantizer, suffix: str, judge: Judge, context: Cont
         context.recorder.warn("nothing-to-quantize", "no node of this model has an integer kernel worth its Q/DQ")
         return []
     second = None
-    if first.plan is not None and not elsewhere(context.target):
+    if first.plan is not None and context.target.provider == CPU.name and not elsewhere(context.target):
         quantizer.learn_costs(first.plan, first.model)
         second = _draft(f"int8 where this machine gains{suffix}", quantizer, context, folder)
     made = [first] if second is None or _same(first, second) else [first, second]

@@ -47,7 +47,7 @@ def compile_context(model: Path, target: Target, path: Path) -> Compiled:
             f"files for {provider.name} aren't compiled ahead of time", hint=f"targets of {', '.join(FIELDS)} are"
         )
     try:
-        call(_compile, model, path, provider)
+        call(provider, _compile, model, path, provider)
     except RefusedError as error:
         raise ModelError(f"{provider.name} can't compile {model}: {error}", hint="see `edgeq inspect`") from error
     made = read_context(path)

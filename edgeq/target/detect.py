@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import platform
 from functools import cache
+from glob import glob
 from pathlib import Path
 
 from edgeq.errors import TargetError
@@ -101,5 +102,7 @@ def elsewhere(target: Target) -> str:
     """Why a latency measured here says nothing of the target's device; "" when this machine is one."""
     if machine() in target.emulator:
         return f"on {machine()} machines {target.library or target.provider} emulates the device of {target.name!r}"
+    if target.device_files and platform.system() == "Linux" and not any(map(glob, target.device_files)):
+        return f"this machine has none of {', '.join(target.device_files)}: software stands in for a GPU"
     lacking = missing_isa(target.isa, cpu_flags())
     return f"this CPU lacks {', '.join(lacking)}, which target {target.name!r} needs" if lacking else ""

@@ -1,8 +1,8 @@
 """A process of its own for providers that may abort: sessions in it, and questions put to it (L3).
 
 A plug-in's failed assertion would end edgeq with it. So whatever isn't the CPU's own provider is opened, asked and run
-in one second Python, which lives as long as this one. When it dies the caller gets an error that says how, and the next
-call starts another.
+in a second Python, this one's or that of the provider's environment, which lives as long as this one. When it dies the
+caller gets an error that says how, and the next call starts another.
 """
 
 from __future__ import annotations
@@ -24,7 +24,19 @@ from typing import IO, Any
 
 from edgeq import errors
 from edgeq.errors import EdgeqError, RuntimeUnavailableError
-from edgeq.target.provider import RefusedError, assigned, check_taken, first_line, open_on, runtime_errors
+from edgeq.target.environment import python_for
+from edgeq.target.provider import (
+    RefusedError,
+    check_owners,
+    check_taken,
+    first_line,
+    open_on,
+    profiling,
+    provider_version,
+    ran,
+    runtime_errors,
+    silent,
+)
 from edgeq.target.record import Provider
 
 
@@ -40,14 +52,12 @@ class Argument:
 class IsolatedSession:
     """A session in the other process, with the part of ``InferenceSession``'s interface that edgeq uses.
 
-    ``assigned``: node -> provider, as the runtime partitioned the graph. Raises RefusedError where the runtime refuses
-    the model, RuntimeUnavailableError where the provider took none of it."""
+    Raises RefusedError where the runtime refuses the model, RuntimeUnavailableError where the provider took none of it,
+    which of a ``silent`` one shows in the first run."""
 
     def __init__(self, model: Path | bytes, provider: Provider, settings: Mapping[str, Any]) -> None:
-        self._process = _process()
-        self._number, self._inputs, self._outputs, self.assigned = self._process.call(
-            "open", model, provider, dict(settings)
-        )
+        self._process = _process(provider)
+        self._number, self._inputs, self._outputs = self._process.call("open", model, provider, dict(settings))
         weakref.finalize(self, self._process.forgotten.append, self._number)
 
     def get_inputs(self) -> Sequence[Argument]:
@@ -64,22 +74,29 @@ class IsolatedSession:
         return self._process.call("run", self._number, wanted, dict(feed))  # type: ignore[no-any-return]
 
 
-def call(task: Callable[..., Any], *arguments: Any) -> Any:
-    """What ``task``, a function of a module, returns in the other process. RuntimeUnavailableError when that dies."""
-    return _process().call("call", task, arguments)
+def call(provider: Provider, task: Callable[..., Any], *arguments: Any) -> Any:
+    """What ``task``, a function of a module, returns in the process that holds ``provider``. RuntimeUnavailableError
+    when that dies."""
+    return _process(provider).call("call", task, arguments)
+
+
+def version_of(provider: Provider) -> str:
+    """Package and version that hold ``provider``, wherever that is; "" for the CPU's own."""
+    here = python_for(provider) == sys.executable
+    return provider_version(provider) if here else str(call(provider, provider_version, provider))
 
 
 class _Process:
     """The other Python. ``forgotten``: sessions nobody holds any more, closed by the next call, not by the collector:
     it may run in the middle of one."""
 
-    def __init__(self) -> None:
+    def __init__(self, python: str) -> None:
         self.forgotten: list[int] = []
         self.log = tempfile.TemporaryFile(prefix="edgeq-")  # noqa: SIM115 - lives as long as the process
         own = str(Path(errors.__file__).parent.parent)
         path = os.pathsep.join(filter(None, [own, os.environ.get("PYTHONPATH", "")]))
         self.child = subprocess.Popen(
-            [sys.executable, "-m", "edgeq.target.isolated"], env={**os.environ, "PYTHONPATH": path},
+            [python, "-m", "edgeq.target.isolated"], env={**os.environ, "PYTHONPATH": path},
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log,
         )  # fmt: skip
 
@@ -130,46 +147,57 @@ class _Process:
         )
 
 
-_RUNNING: list[_Process] = []  # at most one
+_RUNNING: dict[str, _Process] = {}  # interpreter -> its process
 
 
-def _process() -> _Process:
-    if _RUNNING and _RUNNING[0].child.poll() is not None:
-        _RUNNING.pop().close()
-    if not _RUNNING:
-        _RUNNING.append(_Process())
-        atexit.register(_end)
-    return _RUNNING[0]
+def _process(provider: Provider) -> _Process:
+    python = python_for(provider)
+    if python in _RUNNING and _RUNNING[python].child.poll() is not None:
+        _RUNNING.pop(python).close()
+    if python not in _RUNNING:
+        if not _RUNNING:
+            atexit.register(_end)
+        _RUNNING[python] = _Process(python)
+    return _RUNNING[python]
 
 
 def _end() -> None:
     while _RUNNING:
-        _RUNNING.pop().close()
+        _RUNNING.popitem()[1].close()
 
 
 # --- the other side --------------------------------------------------------------------------------------------------
 
 
 class _Server:
-    """What happens in the process of its own; ``sessions`` stay open until they are closed."""
+    """What happens in the process of its own; ``sessions`` stay open until they are closed. ``unproven``: those of
+    which only a run can tell that the provider does anything."""
 
     def __init__(self) -> None:
         self.sessions: dict[int, Any] = {}
+        self.unproven: dict[int, Provider] = {}
         self.opened = 0
+        self.folder = tempfile.TemporaryDirectory(prefix="edgeq-")  # of profiles
 
     def open(self, model: Path | bytes, provider: Provider, settings: Mapping[str, Any]) -> tuple[Any, ...]:
+        self.opened += 1
+        if silent(provider):
+            settings = {**settings, **profiling(Path(self.folder.name) / str(self.opened))}
+            self.unproven[self.opened] = provider
         session = open_on(model, provider, settings)
         check_taken(session, provider)
-        self.opened += 1
         self.sessions[self.opened] = session
         inputs, outputs = (
             tuple(Argument(one.name, one.type, tuple(one.shape)) for one in side)
             for side in (session.get_inputs(), session.get_outputs())
         )
-        return self.opened, inputs, outputs, assigned(session)
+        return self.opened, inputs, outputs
 
     def run(self, number: int, names: list[str], feed: dict[str, Any]) -> list[Any]:
-        return self.sessions[number].run(names, feed)  # type: ignore[no-any-return]
+        found: list[Any] = self.sessions[number].run(names, feed)
+        if provider := self.unproven.pop(number, None):
+            check_owners((node.owner for node in ran(self.sessions[number])), provider)
+        return found
 
     def close(self, number: int) -> None:
         del self.sessions[number]

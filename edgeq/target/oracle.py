@@ -22,8 +22,9 @@ import onnx_ir as ir
 from edgeq.num.quant import Quant
 from edgeq.target.compiled import compiled_verdicts
 from edgeq.target.detect import isa_fingerprint
+from edgeq.target.environment import cache_folder
+from edgeq.target.isolated import version_of
 from edgeq.target.micro import CODE_TYPES, micro_model
-from edgeq.target.provider import provider_version
 from edgeq.target.question import Question, holds_graph, is_real, quantizable_inputs, question, signature
 from edgeq.target.record import CPU, Target
 from edgeq.target.runtime import disagreement, optimize, runtime_version
@@ -45,7 +46,7 @@ class Oracle:
 
     def __init__(self, target: Target, folder: Path | None = None) -> None:
         self.target = target
-        provider = "-".join(filter(None, (target.provider, provider_version(target.execution))))
+        provider = "-".join(filter(None, (target.provider, version_of(target.execution))))
         name = f"{runtime_version()}-{isa_fingerprint()}-{provider}.json"
         self.path = (folder or cache_folder()) / "oracle" / name
         self.sessions = 0
@@ -245,13 +246,6 @@ def _upstream(kernel: ir.Node) -> list[str]:
 
 
 # --- cache -----------------------------------------------------------------------------------------------------------
-
-
-def cache_folder() -> Path:
-    """``EDGEQ_CACHE``, else ``XDG_CACHE_HOME/edgeq``, else ``~/.cache/edgeq``."""
-    if own := os.environ.get("EDGEQ_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgeq"
 
 
 def _read_cache(path: Path) -> dict[str, tuple[Verdict, ...]]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeq.target.isolated import call
-from edgeq.target.provider import Owner, assigned, first_line, open_on, runtime_errors
+from edgeq.target.provider import Owner, assigned, first_line, open_on, profiling, ran, runtime_errors, silent
 from edgeq.target.record import Provider
 
 
@@ -54,19 +54,36 @@ def plain(name: str) -> str:
 def placement(
     model: Path, provider: Provider, settings: Mapping[str, Any], feed: Mapping[str, Any] | None = None
 ) -> Placement:
-    """How ``model`` is placed on ``provider``, asked in the isolated process. RefusedError where it doesn't load."""
-    return call(_place, model, provider, dict(settings), feed)  # type: ignore[no-any-return]
+    """How ``model`` is placed on ``provider``, asked in the isolated process; of a ``silent`` one a run with ``feed``
+    tells. RefusedError where it doesn't load, or then doesn't run."""
+    return call(provider, _place, model, provider, dict(settings), feed)  # type: ignore[no-any-return]
 
 
 def _place(model: Path, provider: Provider, settings: Mapping[str, Any], feed: Mapping[str, Any] | None) -> Placement:
-    reader = READERS.get(provider.name)
     with tempfile.TemporaryDirectory(prefix="edgeq-", ignore_cleanup_errors=True) as name:
-        folder = Path(name)
-        if reader is not None:
-            provider = replace(provider, options={**provider.options, **reader[0](folder)})
-        session = open_on(model, provider, settings)
-        kernels = None if reader is None else tuple(reader[1](folder))
-        return Placement(assigned(session), kernels, "" if feed is None else _outputs(session, feed))
+        return (_run if silent(provider) else _ask)(model, provider, settings, feed, Path(name))
+
+
+def _ask(
+    model: Path, provider: Provider, settings: Mapping[str, Any], feed: Mapping[str, Any] | None, folder: Path
+) -> Placement:
+    reader = READERS.get(provider.name)
+    if reader is not None:
+        provider = replace(provider, options={**provider.options, **reader[0](folder)})
+    session = open_on(model, provider, settings)
+    kernels = None if reader is None else tuple(reader[1](folder))
+    return Placement(assigned(session), kernels, "" if feed is None else _outputs(session, feed))
+
+
+def _run(
+    model: Path, provider: Provider, settings: Mapping[str, Any], feed: Mapping[str, Any] | None, folder: Path
+) -> Placement:
+    assert feed is not None, f"only a run tells what {provider.name} does"
+    session = open_on(model, provider, {**settings, **profiling(folder / "profile")})
+    outputs = session.run(None, dict(feed))
+    found = ran(session)
+    kernels = tuple(Kernel(node.name, node.owner.op, node.real) for node in found)
+    return Placement({node.name: node.owner for node in found}, kernels, outputs)
 
 
 def _outputs(session: Any, feed: Mapping[str, Any]) -> list[Any] | str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from edgeq.num.quant import Quant
@@ -27,7 +27,9 @@ class Provider:
     """An ONNX Runtime execution provider and what a session on it is opened with.
 
     ``library``: the Python module that ships it as a plug-in, "" where the runtime itself holds it. ``session``:
-    session config entries. ``install``: what to do where it is missing.
+    session config entries. ``install``: what to do where it is missing. ``environment``: the Python environment whose
+    own runtime holds it where this one doesn't, of ``packages``. ``threads_option``: its option that is the number of
+    threads, where it has a pool of its own.
     """
 
     name: str = "CPUExecutionProvider"
@@ -35,6 +37,9 @@ class Provider:
     install: str = ""
     options: Mapping[str, str] = field(default_factory=dict)
     session: Mapping[str, str] = field(default_factory=dict)
+    environment: str = ""
+    packages: Sequence[str] = ()
+    threads_option: str = ""
 
 
 CPU = Provider()
@@ -45,9 +50,11 @@ class Target:
     """A device family.
 
     ``isa`` lists the CPU flags it needs, ``a|b`` for either; ``session`` holds ONNX Runtime session config entries.
-    ``library``, ``install``, ``options``: see ``Provider``; ``choices``: option -> the values it may have -> what each
-    means. ``whole``: a float node costs more than any integer one, or leaves the provider. ``static``: takes fixed
-    shapes only. ``emulator``: machines (``x64``) where the provider's library does what the device would, not as fast.
+    ``library``, ``install``, ``environment``, ``packages``, ``threads_option``, ``options``: see ``Provider``;
+    ``device_files``: patterns of files of which Linux has one where the device is, and software stands in where it has
+    none. ``choices``: option -> the values it may have -> what each means. ``whole``: a float node costs more than any
+    integer one, or leaves the provider. ``static``: takes fixed shapes only. ``emulator``: machines (``x64``) where the
+    provider's library does what the device would, not as fast.
     """
 
     name: str
@@ -65,6 +72,10 @@ class Target:
     dynamic: tuple[str, ...] = ()  # op types with a dynamically quantized kernel
     library: str = ""
     install: str = ""
+    environment: str = ""
+    packages: tuple[str, ...] = ()
+    threads_option: str = ""
+    device_files: tuple[str, ...] = ()
     options: dict[str, str] = field(default_factory=dict)
     choices: dict[str, dict[str, str]] = field(default_factory=dict)
     whole: bool = False
@@ -84,7 +95,16 @@ class Target:
     @property
     def execution(self) -> Provider:
         """What a file for this target runs on."""
-        return Provider(self.provider, self.library, self.install, self.options, self.session)
+        return Provider(
+            self.provider,
+            self.library,
+            self.install,
+            self.options,
+            self.session,
+            self.environment,
+            self.packages,
+            self.threads_option,
+        )
 
     @property
     def simulation(self) -> Provider:

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from edgeq.target.placement import Placement, placement
-from edgeq.target.provider import RefusedError, first_line, open_on, runtime_errors
+from edgeq.target.provider import RefusedError, first_line, open_on, runtime_errors, silent
 from edgeq.target.record import CPU, Provider, Target
 
 Feed = dict[str, NDArray[Any]]
@@ -52,7 +52,8 @@ def place(model: ir.Model, target: Target) -> tuple[Placement | str, str]:
         ir.save(model, asked)
         settings = {"intra_op_num_threads": 1, "log_severity_level": 4}
         try:
-            found = placement(asked, target.execution, settings, None if _large(feed) else feed)
+            trial = silent(target.execution) or not _large(feed)
+            found = placement(asked, target.execution, settings, feed if trial else None)
         except RefusedError as error:
             return str(error).replace(str(asked), "the micro-model"), ""
         if found.outputs == "":

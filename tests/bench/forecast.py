@@ -14,29 +14,31 @@ from edgeq import steps
 from edgeq.analyse.forecast import forecast, ran
 from edgeq.analyse.place import free_costs, place
 from edgeq.context import Context
+from edgeq.given import read_with_samples
 from edgeq.lower.fuse import fuse
 from edgeq.report.recorder import Recorder
-from edgeq.run.samples import load_samples
-from edgeq.source import read_model
 from edgeq.target.load import load_target
 from edgeq.target.oracle import Oracle
 from tests.zoo import ZOO
 from tests.zoo.packages import float_model
 
 SAMPLES = 4
-SHAPES = {"OCR4d": (1, 3, 192, 192), "OCR4r": (1, 3, 48, 160)}  # what a target of fixed shapes gets
+TOKENS = ("input_ids", "attention_mask", "token_type_ids")
+FIXED = {  # what a target of fixed shapes gets, with random data, where samples differ
+    "OCR4d": ["x=1,3,192,192"],
+    "OCR4r": ["x=1,3,48,160"],
+    "MINI6": [f"{name}=1,32" for name in TOKENS],
+}
 
 
 def compare(name: str, target_name: str) -> tuple[int, int, list[str]]:
     """Nodes told rightly, all nodes, and a line for each that wasn't."""
     target = load_target(target_name)
-    pins = {"x": SHAPES[name]} if target.static and name in SHAPES else {}
-    source, _ = read_model(float_model(name), opset=target.opset, pins=pins)
-    spec = "synthetic:4:0" if pins else ZOO[name].calibration
-    samples = load_samples(spec, source, limit=SAMPLES)
-    if target.static and not pins:
-        shapes = {key: array.shape for key, array in samples.read(0).items()}
-        source, _ = read_model(float_model(name), opset=target.opset, pins=shapes)
+    inputs = FIXED.get(name, []) if target.static else []
+    spec = "synthetic:4:0" if inputs else ZOO[name].calibration
+    source, _, samples = read_with_samples(
+        float_model(name), spec, target, Recorder(), inputs=inputs, limit=SAMPLES
+    )  # fmt: skip
     context = Context(target, Oracle(target), samples, Recorder())
     quantizer = steps.apply(
         recipes.parse("canonicalize; quantize(ranges=minmax)", steps.KNOWN), source, context
