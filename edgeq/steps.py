@@ -15,7 +15,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from edgeq.analyse import absorbing, equalizing, smoothing
+from edgeq.analyse import absorbing, equalizing, salient, smoothing
 from edgeq.analyse.halves import DTYPES
 from edgeq.analyse.observe import observe
 from edgeq.analyse.rounding import round_weights
@@ -27,7 +27,7 @@ from edgeq.halving import halved
 from edgeq.ir import io, verify
 from edgeq.num.fit import METHODS
 from edgeq.num.formats import Int, parse_format
-from edgeq.num.quant import TENSOR, Coded, Quant, parse_quant
+from edgeq.num.quant import TENSOR, Coded, QParams, Quant, parse_quant
 from edgeq.num.rounding import ROUNDERS
 from edgeq.quantizer import BIASES, LEAST_REDUCTION, Quantizer
 from edgeq.recipe import Recipe, Step
@@ -41,6 +41,7 @@ from edgeq.target.oracle import Oracle
 
 HELD, HELD_SAMPLES = 0.25, 16  # share of the samples, and how many of them, that judge and don't teach
 EQUAL = 1e-5  # noise-to-signal power up to which two float models are one
+SCALES = ("plain", "awq")  # of weights before they are rounded
 LARGE = 1 << 18  # bytes of a table that is worth the nodes which decode its rows
 FREE_DB, FREE_SAMPLES = 40.0, 16  # of SNR on the outputs, a hundredth of the amplitude; how many samples tell
 
@@ -164,9 +165,15 @@ def weights(
     format: str = "u4/block32/asym",
     ops: str = "MatMul+Gemm",
     rounding: str = "nearest",
+    scales: str = SCALES[0],
 ) -> ir.Model:
-    """Weights of ``ops`` (MatMul, Gemm, Conv, Gather) in any number format; activations stay float."""
+    """Weights of ``ops`` (MatMul, Gemm, Conv, Gather) in any number format; activations stay float. ``scales``: weights
+    as they are, or with rows that large activations meet scaled up (awq)."""
     quant = parse_quant(format)
+    if scales not in SCALES:
+        raise RecipeError(f"weights(scales={scales}) is not known", hint="use " + " or ".join(SCALES))
+    if scales == "awq":
+        model = _scaled(model, storable(model, quant, ops.split("+"), leave=context.keep_float), context)
     wanted = storable(model, quant, ops.split("+"), leave=context.keep_float)
     with context.recorder.step("weights", len(wanted)) as facts:
         coded = round_weights(
@@ -191,6 +198,16 @@ def weights(
         )
     _leave_float(model, result, coded, quant, context)
     return result
+
+
+def _scaled(model: ir.Model, wanted: Mapping[tuple[str, int], QParams], context: Context) -> ir.Model:
+    """The same results from weights that lose less when they are rounded."""
+    with context.recorder.step("scale", len(wanted)) as facts:
+        found = salient.search(model, wanted, context.calibration, context.target, threads=context.threads)
+        facts["tensors"] = len(found)
+        if found:
+            facts["gain_db"] = round(sum(one.after_db - one.before_db for one in found) / len(found), 1)
+    return smooth_model(model, found)
 
 
 def _leave_float(

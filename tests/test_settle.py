@@ -17,6 +17,7 @@ from edgeq.lower.emit import emit
 from edgeq.quantizer import Quantizer
 from edgeq.report.record import Check
 from edgeq.report.recorder import Recorder
+from edgeq.run.timing import Ratio
 from edgeq.search import settle as settling
 from edgeq.search.settle import Draft, Settled, settle
 from edgeq.source import read_model
@@ -99,6 +100,33 @@ def test_an_accurate_draft_ships_only_if_proven_faster(tmp_path: Path, monkeypat
         assert found.chosen.coverage is not None
         assert found.chosen.coverage.unexplained == ()
         assert "float-ships" not in codes_of(context)
+
+
+@pytest.mark.parametrize(
+    ("first", "again"), [((0.9, 1.1), (0.9, 0.95)), ((0.9, 1.1), (0.9, 1.02)), ((0.9, 0.95), None)]
+)
+def test_simulated_doubt_is_raced_again_longer(
+    first: tuple[float, float], again: tuple[float, float] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How busy the machine is can't be chosen, so the clock's answers are."""
+    asked: list[tuple[list[str], float]] = []
+
+    def race(floats: list[Draft], drafts: list[Draft], *_: object) -> tuple[dict[str, list[Ratio]], Draft]:
+        value, high = first if not asked else again or (2.0, 2.0)
+        asked.append(([draft.name for draft in drafts], float(_[-1])))  # type: ignore[arg-type]
+        answers = {draft.name: [Ratio(value, value - 0.05, high)] for draft in drafts if draft.name != "slow"}
+        return {**answers, "slow": [Ratio(1.2, 1.1, 1.3)], "float": [Ratio(1, 1, 1)]}, floats[0]
+
+    monkeypatch.setattr(settling, "_race", race)
+    model, _ = read_model(graph(NET, WEIGHTS), opset=21)
+    floats, drafts = ([Draft(name, tmp_path / name, model) for name in names] for names in (["float"], ["a", "slow"]))
+    context = Context(load_target(VNNI), oracle_of(VNNI), samples_of([random_feed(model)]), Recorder())
+    ratios, best, proven = settling._proven(floats, drafts, [], context)
+    races = [(["a", "slow"], settling.DECIDE_SECONDS), (["a"], settling.DOUBT_SECONDS)]
+    assert asked == (races if again else races[:1])
+    assert best.name == "float"
+    assert [draft.name for draft in proven] == (["a"] if (again or first)[1] < 1 else [])
+    assert ratios["slow"][0].value == 1.2
 
 
 def test_repair_gives_back_the_culprit_and_keeps_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ from edgeq.source import read_model
 from edgeq.target.load import load_target
 from tests import small_net
 from tests.graphs import graph, normal, ops
-from tests.placed import VNNI, all_integer, oracle_of, samples_of
+from tests.placed import VNNI, all_integer, oracle_of, run, samples_of
 
 EXACT = {"session.qdq_matmulnbits_accuracy_level": "1"}  # f32 activations in MatMulNBits; 4, the default, has int8 ones
 
@@ -302,6 +302,37 @@ def test_stored_weights_ship_when_they_are_accurate(tmp_path: Path, monkeypatch:
         assert (report.check("size_ratio").value < 0.7) is ships
 
 
+LOUD = np.where(np.arange(64) % 16 == 3, 40, 1).astype(np.float32)  # channels of a LayerNormalization
+
+
+@pytest.mark.parametrize(
+    ("before", "added"), [("n = LayerNormalization(x, g)", 0), ("n = Mul(x, g)", 0), ("n = Relu(x)", 1)]
+)
+def test_rows_that_large_activations_meet_lose_less(before: str, added: int) -> None:
+    text = f"(float[1,24,64] x) => (float[1,24,48] y) {{ {before} y = MatMul(n, w) }}"
+    weights = {"g": LOUD, "w": normal(64, 48) / 8}
+    model = read_model(graph(text, {name: weights[name] for name in ("g", "w") if name in text}), opset=21)[0]
+    feeds = [{"x": normal(1, 24, 64) * (LOUD if added else 1)} for _ in range(8)]
+    noise = {}
+    for scales in ("plain", "awq"):
+        context = Context(load_target(VNNI), oracle_of(VNNI), samples_of(feeds[:4]), Recorder())
+        result = steps.weights(model, context, format="i4/channel", scales=scales)
+        verify.verify(result, "weights")
+        noise[scales] = sum(np.square(run(result, feed)["y"] - run(model, feed)["y"]).mean() for feed in feeds[4:])
+    facts = {step.name: step.facts for step in context.recorder.steps}
+    assert facts["scale"]["tensors"] == 1
+    assert noise["awq"] < 0.9 * noise["plain"]
+    assert ops(result).count("Mul") - ops(model).count("Mul") == added
+
+
+def test_scales_leave_inputs_alone_that_other_weights_read() -> None:
+    model, context = net()
+    context.keep_float["head"] = "a test"
+    model.graph[-1].name = "head"
+    steps.weights(model, context, format="i4/channel", scales="awq")
+    assert context.recorder.steps[0].facts["tensors"] == 0, "w is read behind even channels, o isn't stored"
+
+
 def test_nothing_to_store_is_told() -> None:
     model, context = net()
     assert ops(steps.weights(model, context, ops="Conv")) == ops(model)
@@ -314,3 +345,5 @@ def test_an_unknown_format_is_told() -> None:
         steps.weights(model, context, format="u5/channel")
     with pytest.raises(RecipeError, match="rounding=up"):
         steps.weights(model, context, rounding="up")
+    with pytest.raises(RecipeError, match="scales=awk"):
+        steps.weights(model, context, scales="awk")

@@ -68,7 +68,7 @@ def groups(model: ir.Model) -> dict[str, list[ir.Node]]:
 def search(model: ir.Model, samples: Samples, target: Target, *, threads: int = 2) -> list[Smoothing]:
     """The smoothings worth doing, in graph order."""
     found = groups(model)
-    rows, peaks = _rows(model, list(found), samples, target, threads)
+    rows, peaks = rows_read(model, list(found), samples, target, threads=threads)
     offers = []
     for tensor, readers in found.items():
         if tensor in rows:
@@ -148,13 +148,17 @@ def _product_snr(x: F32, peak: F32, w: F32, scale: F32, exact: F32, target: Targ
     codes_x = fit.params_of_range(min(lo, 0.0), max(hi, 0.0), target.activations)
     scaled = w * scale[:, None]
     codes_w = unsaturated(scaled.T, fit.fit_weight(scaled, target.weights, 1), target)
-    noise = (fake_quant(small, codes_x) @ fake_quant(scaled, codes_w)) * largest - exact
-    signal = np.maximum(np.square(exact).sum(axis=1), TINY)
-    return float(-10 * np.log10(max(np.mean(np.square(noise).sum(axis=1) / signal), EXACT)))
+    return rows_snr((fake_quant(small, codes_x) @ fake_quant(scaled, codes_w)) * largest, exact)
 
 
-def _rows(
-    model: ir.Model, tensors: list[str], samples: Samples, target: Target, threads: int
+def rows_snr(found: F32, exact: F32) -> float:
+    """SNR in dB of [rows, N], by the mean over rows of noise over signal."""
+    noise, signal = np.square(found - exact).sum(axis=1), np.maximum(np.square(exact).sum(axis=1), TINY)
+    return float(-10 * np.log10(max(np.mean(noise / signal), EXACT)))
+
+
+def rows_read(
+    model: ir.Model, tensors: list[str], samples: Samples, target: Target, *, threads: int
 ) -> tuple[dict[str, F32], dict[str, F32]]:
     """Evenly taken rows f32[<= ROWS, K] of each tensor and its channels' largest magnitudes f32[K]."""
     tapped = model.clone()

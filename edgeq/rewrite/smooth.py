@@ -1,6 +1,6 @@
 """Apply smoothings: exact in real numbers, kinder to 8 bits (L6).
 
-Where a tensor comes straight from a LayerNormalization that nothing else reads, its scale and bias absorb the division;
+Where a tensor comes straight from a normalization that nothing else reads, its scale and bias absorb the division;
 elsewhere (the residual stream reads it too) one Mul by the reciprocal goes before the products: K multiplications a row
 against the K x N of the product behind it. Rows are divided behind that, and what the products give is multiplied back.
 """
@@ -39,19 +39,33 @@ def smooth(model: ir.Model, smoothings: Iterable[Smoothing]) -> ir.Model:
 
 
 def _fold_into_norm(graph: ir.Graph, value: ir.Value, smoothing: Smoothing, names: edit.Names) -> bool:
-    """Divide the scale and bias of the LayerNormalization that writes ``value``, if the products alone read it."""
+    """Divide the scale and bias of the normalization that writes ``value``, if the products alone read it."""
     norm = value.producer()
     alone = {str(node.name) for node in query.users(value)} == set(smoothing.readers)
-    if norm is None or norm.op_type != "LayerNormalization" or not alone or value.is_graph_output():
+    if norm is None or not alone or value.is_graph_output():
         return False
-    for index in (1, 2):
-        array = query.constant(norm.inputs[index]) if index < len(norm.inputs) else None
+    factors = _factors(norm, smoothing.scale.size)
+    for index in factors:
+        array = query.constant(norm.inputs[index])
         if array is None:
-            continue
+            raise TypeError(f"input {index} of {norm.name} is not constant")
         name = names.fresh(f"{norm.inputs[index].name}_smoothed")  # type: ignore[union-attr]
         divided = (array / smoothing.scale).astype(array.dtype)
         norm.replace_input_with(index, edit.add_initializer(graph, name, divided))
-    return True
+    return bool(factors)
+
+
+def _factors(node: ir.Node, channels: int) -> list[int]:
+    """Inputs that are divided with the last axis of a normalization, or of the Mul that a written-out one ends in."""
+    constants = [i for i, value in enumerate(node.inputs) if value is not None and query.dims(value) == (channels,)]
+    constants = [index for index in constants if query.is_constant(node.inputs[index])]
+    match node.op_type:
+        case "LayerNormalization":
+            inputs = [index for index in (1, 2) if index < len(node.inputs) and node.inputs[index] is not None]
+            return inputs if inputs == constants else []
+        case "RMSNormalization" | "Mul":
+            return constants[:1]
+    return []
 
 
 def _multiply(
