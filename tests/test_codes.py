@@ -60,7 +60,7 @@ def test_bounds_are_a_clip_of_all_codes(function: str, weights: Arrays) -> None:
 
 @given(st.integers(1, 120), st.integers(0, 255))
 @example(30, 30)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_hard_swish_is_a_product_of_codes(steps: int, zero: int) -> None:
     """Every code is right, but for ties that float32 breaks either way."""
     if zero < steps:

@@ -15,7 +15,7 @@ def cut_price(edges: list[tuple[int, int, int]], source_side: set[int]) -> int:
 
 
 @given(EDGES)
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_cut_is_the_cheapest_of_all_labellings(edges: list[tuple[int, int, int]]) -> None:
     network = Network()
     for _ in range(5):

@@ -44,7 +44,7 @@ def pair(tmp_path: Path) -> tuple[Path, Path, Path]:
     return old, new, tmp_path / "new.delta"
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_parts_make_the_new_bytes_from_the_old(data: st.DataObject) -> None:
     random = np.random.default_rng(data.draw(st.integers(0, 99)))

@@ -112,7 +112,7 @@ SHAPES = arrays.array_shapes(min_dims=0, max_dims=3, max_side=4, min_side=0)
 FEEDS = st.dictionaries(st.text(min_size=1, max_size=5), KINDS.flatmap(lambda kind: arrays.arrays(kind, SHAPES)))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(FEEDS, max_size=3))
 def test_packed_arrays_come_back(tmp_path_factory: pytest.TempPathFactory, feeds: list[Feed]) -> None:
     path = tmp_path_factory.mktemp("packed") / "feeds"

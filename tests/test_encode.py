@@ -238,7 +238,7 @@ def test_ordinary_tensors_can_be_held() -> None:
 
 
 @given(st.floats(0.01, 30), st.floats(0.01, 30), st.sampled_from(["cpu-x64-vnni", "cpu-arm64"]))
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 def test_a_clip_behind_a_convolution_always_folds(below: float, above: float, target: str) -> None:
     """A code half a step beyond a bound would keep the Clip, and the convolution float with it."""
     text = f"(float[1,8,6,6] x) => (float[1,8,6,6] y) {{ t = {POINT}(x, w, b) y = Clip(t, lo, hi) }}"

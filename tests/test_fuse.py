@@ -125,7 +125,7 @@ FORMS = st.fixed_dictionaries({
 
 
 @given(FORMS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_attention_in_every_form_becomes_one_node(form: dict[str, Any]) -> None:
     """Rows whose every key is hidden by the lowest float included: arithmetic gives them the mean of the values."""
     if form["keys"] == "straight" and not form["rows"]:

@@ -281,7 +281,7 @@ def counted(one: ir.Model, shape: tuple[int, ...]) -> tuple[int, int]:
 sizes = st.integers(1, 4)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(sizes, sizes, sizes, st.integers(1, 3), st.integers(1, 2), st.integers(1, 3))
 def test_macs_of_convolutions(batch, inner, outer, kernel, groups, stride):
     shape = (batch, inner * groups, 5, 6)
@@ -290,7 +290,7 @@ def test_macs_of_convolutions(batch, inner, outer, kernel, groups, stride):
     assert computed == done
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(sizes, sizes, sizes, st.integers(1, 3), st.integers(1, 2))
 def test_macs_of_transposed_convolutions(batch, inner, outer, stride, groups):
     """With kernel = stride, where output positions don't overlap, the formula is exact."""
@@ -300,7 +300,7 @@ def test_macs_of_transposed_convolutions(batch, inner, outer, stride, groups):
     assert computed == done
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(sizes, sizes, sizes, st.booleans(), st.booleans())
 def test_macs_of_matrix_products(rows, depth, columns, trans_a, trans_b):
     shape = (depth, rows) if trans_a else (rows, depth)

@@ -22,7 +22,7 @@ from edgeq.run.preprocess import INTERPOLATIONS, Preprocessing
 from tests.packaged import classifier, files, picture, reseal
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     size=st.tuples(st.integers(1, 70), st.integers(1, 70)),
     resize=st.one_of(st.none(), st.integers(1, 40), st.tuples(st.integers(1, 60), st.integers(1, 60))),

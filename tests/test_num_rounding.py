@@ -71,7 +71,7 @@ def test_the_error_of_outputs_comes_from_moments(groups: int) -> None:
 @pytest.mark.parametrize("text", FORMATS)
 @pytest.mark.parametrize("groups", [1, 4])
 @given(seed=st.integers(0, 1000), held=st.booleans())
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 def test_learnt_roundings_never_lose_to_nearest(text: str, groups: int, seed: int, held: bool) -> None:
     W, params, X = layer(text, groups=groups, seed=seed)
     known = inputs_of(X[:, :48], X[:, 48:] if held else None)
@@ -190,7 +190,7 @@ def test_correlated_inputs_let_half_of_the_noise_go(name: str) -> None:
 
 @pytest.mark.parametrize("text", [*FORMATS, "i4/block8/f16"])
 @given(seed=st.integers(0, 1000))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_hqq_never_ends_above_its_start(text: str, seed: int) -> None:
     W, params, _ = layer(text, seed=seed)
     start, found = nearest(W, params), hqq(W, params)

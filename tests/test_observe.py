@@ -271,7 +271,7 @@ def test_half_precision_doubles_and_scalars_count():
 # --- merging ---------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.data())
 def test_two_halves_merged_are_the_whole(data):
     rng = np.random.default_rng(data.draw(st.integers(0, 99)))

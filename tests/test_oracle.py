@@ -369,7 +369,7 @@ def asked(node: ir.Node) -> str:
     return signature(question([node], set(node.inputs) | set(node.outputs), TARGET))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(channels=st.integers(2, 32), size=st.integers(4, 64))
 def test_channels_and_sizes_are_one_question(channels: int, size: int) -> None:
     assert asked(conv(channels, size)) == asked(conv())

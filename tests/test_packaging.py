@@ -156,7 +156,7 @@ def test_the_loader_runs_alone(package: Package, tmp_path: Path) -> None:
     assert (done.stdout, done.returncode) == ("[[9.0, 12.0]]", 0), done.stderr
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_flipped_bit_is_seen(package: Package, tmp_path: Path, data: st.DataObject) -> None:
     out = tmp_path / "net.edgeq"

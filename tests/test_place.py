@@ -99,7 +99,7 @@ def total(puzzle: Puzzle, integer: set[str]) -> float:
 
 
 @given(st.data())
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_the_plan_is_the_cheapest_of_all_labellings(data: st.DataObject) -> None:
     count = data.draw(st.integers(1, 6))
     flags = st.lists(st.booleans(), min_size=count, max_size=count)

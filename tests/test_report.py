@@ -84,7 +84,7 @@ reports = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(reports)
 def test_json_is_inverted(report: Report) -> None:
     assert codec.from_json(codec.to_json(report)) == report

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgeq.rewrite.canonicalize import canonicalize
@@ -64,7 +64,7 @@ def equations(draw: st.DrawFn) -> str:
     return f"{terms[0]},{terms[1]}->{''.join(result)}"
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=100)
 @given(equation=equations(), data=st.data())
 def test_any_equation_of_two_terms_keeps_its_sense(equation: str, data: st.DataObject) -> None:
     labels = sorted(set(equation) & SIZES.keys())

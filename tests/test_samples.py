@@ -76,7 +76,7 @@ def test_text_labels_survive(tmp_path):
     assert load_samples(str(tmp_path / "s.npz"), [IMAGE]).labels == ("cat", "dog")
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.sampled_from(["f2", "f4", "f8", "u1", "i4", "i8"]),
     st.sampled_from(["float32", "float16", "int64", "int32", "uint8"]),
@@ -277,7 +277,7 @@ def test_preprocessing_survives_json(how):
     assert Preprocessing.from_dict(json.loads(json.dumps(how.to_dict()))) == how
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(4, 60), st.integers(4, 60), st.integers(4, 40), st.integers(4, 40))
 def test_resize_and_crop_give_the_promised_shape(height, width, short, crop):
     image = Image.new("RGB", (width, height), (255, 255, 255))
@@ -428,7 +428,7 @@ def test_a_missing_path_suggests_its_neighbour(tmp_path):
 # --- parts of samples -----------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(2, 40), st.floats(0, 1), st.integers(0, 3))
 def test_split_is_a_partition_that_repeats(count, fraction, seed):
     samples = load_samples(f"synthetic:{count}", [TensorSpec("x", F32, (1, 2))])

@@ -43,7 +43,7 @@ def plain(errors: list[np.ndarray]) -> np.ndarray:
 
 
 @given(st.integers(0, 2**31))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_a_shift_is_the_trimmed_mean_shrunk_by_its_standard_error(seed: int) -> None:
     draw = np.random.default_rng(seed)
     level = draw.normal(0, 1, 5)
