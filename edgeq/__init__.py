@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from edgeq.apart import divergence
     from edgeq.errors import EdgeqError
     from edgeq.examine import bench, inspect, sensitivity, validate
+    from edgeq.observing import observe
     from edgeq.packages import compare, make_update, package, update
     from edgeq.packaging import verify_package
     from edgeq.pipeline import export
@@ -43,6 +44,7 @@ __all__ = [
     "inspect",
     "load_target",
     "make_update",
+    "observe",
     "package",
     "sensitivity",
     "to_json",
@@ -66,6 +68,7 @@ HOMES = {
     "inspect": "edgeq.examine",
     "load_target": "edgeq.target.load",
     "make_update": "edgeq.packages",
+    "observe": "edgeq.observing",
     "package": "edgeq.packages",
     "sensitivity": "edgeq.examine",
     "to_json": "edgeq.report.codec",

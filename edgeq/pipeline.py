@@ -273,7 +273,7 @@ def _report(
     if chosen.plan is not None and quantizer is not None:
         with recorder.step("layers"):
             feeds = [*take(held_out, LAYER_SAMPLES)]
-            rows = layers(quantizer.model, chosen.model, chosen.plan, feeds, context.target)
+            rows = layers(quantizer.model, chosen.model, chosen.plan, feeds, context.target, quantizer.stats)
     return Report(
         source=source_facts(info, prepared.model),
         target=target_facts(context.target),

@@ -37,8 +37,8 @@ def _run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str
 
 def test_help_of_every_command_shows_examples_and_statuses(capsys: pytest.CaptureFixture[str]) -> None:
     words = (
-        "advise bench compare compile delta device divergence explain export footprint inspect key list package "
-        "sensitivity validate"
+        "advise bench compare compile delta device divergence explain export footprint inspect key list observe "
+        "package sensitivity validate"
     )
     assert sorted(cli.commands) == words.split()
     for name in cli.commands:

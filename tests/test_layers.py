@@ -43,6 +43,7 @@ LAYERS = {
     "devices": 10,
     "apart": 10.2,
     "examine": 10.5,
+    "observing": 10.5,
     "packages": 10.5,
     "pipeline": 10.5,
     "sizes": 10.5,

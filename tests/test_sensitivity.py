@@ -215,7 +215,7 @@ def test_decibel() -> None:
 
 def test_layers_are_the_snr_of_each_quantized_tensor() -> None:
     made = placed(BLOCK, WEIGHTS)
-    rows = layers(made.source, made.model, made.plan, made.feeds, made.target)
+    rows = layers(made.source, made.model, made.plan, made.feeds, made.target, made.stats)
     assert [(row["name"], row["op"]) for row in rows] == [
         ("x", "input"), ("r", "Relu"), ("u", "Conv"), ("s", "Add"), ("y", "Conv")
     ]  # fmt: skip
@@ -234,7 +234,10 @@ def test_layers_of_a_tensor_shown_and_read_and_of_a_silent_one() -> None:
         f"{{ t = {POINT}(x, w, n) r = Relu(t) y = {POINT}(r, w, b) }}",
         {**WEIGHTS, "n": np.full(8, -1e3, np.float32)},
     )
-    rows = {row["name"]: row["snr_db"] for row in layers(made.source, made.model, made.plan, made.feeds, made.target)}
+    rows = {
+        row["name"]: row["snr_db"]
+        for row in layers(made.source, made.model, made.plan, made.feeds, made.target, made.stats)
+    }
     assert rows["t"] > 30
     assert rows.get("r") is None, "a tensor of zeros has no SNR"
     assert worst([{"snr_db": None}, {"snr_db": 3.0}], 5) == [{"snr_db": 3.0}]

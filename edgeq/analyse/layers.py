@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from edgeq.analyse.place import Plan
+from edgeq.analyse.stats import Stats
 from edgeq.run.record import Array, Feed
 from edgeq.run.session import open_session, run_session
 from edgeq.target.record import Target
@@ -17,10 +18,12 @@ LARGEST = 1 << 24  # elements of a tensor worth comparing: above, a sample alone
 
 
 def layers(
-    reference: ir.Model, quantized: ir.Model, plan: Plan, feeds: Iterable[Feed], target: Target
-) -> tuple[dict[str, Any], ...]:
+    reference: ir.Model, quantized: ir.Model, plan: Plan, feeds: Iterable[Feed], target: Target,
+    stats: Mapping[str, Stats],
+) -> tuple[dict[str, Any], ...]:  # fmt: skip
     """A row a quantized tensor in graph order: ``name``, ``op``, ``snr_db`` of its dequantized value against the float
-    model's (all noise from upstream included), ``format``. SNR is over all feeds; None where nothing was comparable."""
+    model's (all noise from upstream included), ``format``, and the extremes that calibration saw, ``min`` and ``max``.
+    SNR is over all feeds; None where nothing was comparable."""
     names = [name for name in plan.tensors if name not in plan.ties]
     twin = _dequantized(quantized, names)
     exact, noisy = _tapped(reference, names), _tapped(quantized, list(twin.values()))
@@ -35,9 +38,14 @@ def layers(
     writers = {str(value.name): node.op_type for node in reference.graph for value in node.outputs}
     return tuple(
         {"name": name, "op": writers.get(name, "input"), "snr_db": _db(power[name], error[name]),
-         "format": str(plan.tensors[name])}
+         "format": str(plan.tensors[name]), **_extremes(stats.get(name))}
         for name in names
     )  # fmt: skip
+
+
+def _extremes(stats: Stats | None) -> dict[str, float | None]:
+    known = stats is not None and stats.count > 0
+    return {"min": stats.min if known and stats else None, "max": stats.max if known and stats else None}
 
 
 def _dequantized(model: ir.Model, names: list[str]) -> dict[str, str]:

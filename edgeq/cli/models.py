@@ -133,6 +133,33 @@ def sensitivity(model: str, inputs: tuple[str, ...], quiet: bool, **settings: An
 
 
 @cli.command(cls=Command, epilog=EPILOG)
+@click.argument("model")
+@click.option("-c", "--calibration", metavar="DATA", help="Samples: .npz, folder, text, or pkg.module:callable.")
+@click.option("-o", "--out", type=PATH, metavar="FILE", help="Keep the statistics here, an .npz.")
+@options.inputs
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Use at most N samples.")
+@options.synthetic
+@options.preprocessing
+@click.option("--force", is_flag=True, help="Replace the file that is there.")
+@options.quiet
+@options.as_json
+def observe(model: str, inputs: tuple[str, ...], quiet: bool, **settings: Any) -> Report:
+    """Take statistics of the tensors of MODEL over samples.
+
+    Of a package they are held against those of its calibration: tensors whose values leave the range they had then are
+    told, and the status is 1.
+
+    \b
+    edgeq observe net.edgeq -c yesterday/
+    edgeq observe net.onnx -c photos/ -o stats.npz
+    """
+    from edgeq.observing import observe as run
+
+    with progress_of(quiet) as progress:
+        return run(model, inputs=list(inputs), progress=progress, **settings)
+
+
+@cli.command(cls=Command, epilog=EPILOG)
 @click.argument("model", required=False)
 @click.option("--params", metavar="10B", help="A number of parameters instead of MODEL.")
 @options.target

@@ -119,6 +119,7 @@ def _tables(report: Report) -> Iterable[str]:
     yield _section("Formats advised", rows.advice_rows(report))
     yield _section("Values", rows.value_rows(report))
     yield _section("Predicted signal to noise of weights, dB", rows.predicted_rows(report))
+    yield _section("Drift", rows.drift_rows(report))
     yield _section("Divergence", rows.divergence_rows(report))
     yield _section("Sensitivity", rows.sensitivity_rows(report))
     yield _section("Quantized tensors", report.layers)

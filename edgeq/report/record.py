@@ -191,6 +191,7 @@ class Report:
     candidates: tuple[dict[str, Any], ...] = ()  # what was measured: name, ships, why, …
     forecast: tuple[NodeForecast, ...] = ()  # of inspect: a row a node, in graph order
     divergence: tuple[Divergence, ...] = ()  # what differs from here to there given equal inputs, in graph order
+    drift: tuple[dict[str, Any], ...] = ()  # of observe: a row a tensor of a package, its range then and now
     sustained: dict[str, Any] = field(default_factory=dict)  # seconds, windows, energy, …: a run back to back
     footprint: dict[str, Any] = field(default_factory=dict)  # formula, formats, kv_cache, memory: bytes before building
     advice: tuple[dict[str, Any], ...] = ()  # a row a tensor: values, candidates with predicted snr_db, format, why

@@ -210,6 +210,16 @@ def sensitivity_rows(report: Report, count: int | None = None) -> list[dict[str,
     return [{k: v for k, v in row.items() if any(other[k] is not None for other in found)} for row in found]
 
 
+def drift_rows(report: Report, count: int | None = None) -> list[dict[str, Any]]:
+    """Ranges of tensors now beside those of calibration, worst first; with a ``count``, that many that drifted."""
+    return [
+        {"drifts": row["tensor"], "op": row["op"], "calibrated": f"{number(row['min'])} … {number(row['max'])}",
+         "now": f"{number(row['now_min'])} … {number(row['now_max'])}", "outside %": 100 * row["outside"],
+         "range used %": 100 * row["used"]}
+        for row in [row for row in report.drift if count is None or row["drifted"]][:count]
+    ]  # fmt: skip
+
+
 def sustained_rows(report: Report) -> list[dict[str, Any]]:
     """Windows of a sustained run; columns the device doesn't tell are left out."""
     return [
@@ -331,6 +341,10 @@ def verdict(report: Report) -> str:
         return f"{len(report.sensitivity)} atoms measured: {loudest.atom} alone leaves {loudest.noise_db:.1f} dB of SNR"
     if report.recipe == "divergence":
         return parting(report) or "no node computes otherwise by more than rounding"
+    if report.recipe == "observe":
+        tensors = next((step.facts["tensors"] for step in report.steps if step.name == "observe"), 0)
+        drifted = sum(row["drifted"] for row in report.drift)
+        return f"{tensors} tensors observed" + (f", {drifted} of {len(report.drift)} drifted" if report.drift else "")
     failed = [check for check in report.checks if not check.passed]
     limited = [check for check in report.checks if check.limit is not None]
     if failed:

@@ -18,6 +18,7 @@ from edgeq.report.record import Report
 TOP_ISLANDS = 10
 TOP_SENSITIVE = 5
 TOP_DIVERGENT = 5
+TOP_DRIFTED = 10
 
 
 def render(report: Report) -> Group:
@@ -35,6 +36,7 @@ def render(report: Report) -> Group:
         *_advice(report),
         _sensitivity(report),
         _divergence(report),
+        _drift(report),
         *_notices(report),
         *(Text(f"given up  {line}", style="yellow") for line in rows.given_up(report)),
         Text(rows.verdict(report), style="bold green" if report.passed else "bold red"),
@@ -148,6 +150,18 @@ def _divergence(report: Report) -> Group | None:
     for row in found:
         table.add_row(*(rows.number(row[name]) if name in numeric else escape(row[name]) for name in row))
     more = sum(row.cause != "rounding" for row in report.divergence) - len(found)
+    return Group(table, *([Text(f"… and {more} more", style="dim")] if more else []))
+
+
+def _drift(report: Report) -> Group | None:
+    found = rows.drift_rows(report, TOP_DRIFTED)
+    if not found:
+        return None
+    numeric = ("outside %", "range used %")
+    table = _table(*found[0], right=numeric)
+    for row in found:
+        table.add_row(*(rows.number(row[name]) if name in numeric else escape(row[name]) for name in row))
+    more = sum(row["drifted"] for row in report.drift) - len(found)
     return Group(table, *([Text(f"… and {more} more", style="dim")] if more else []))
 
 

@@ -1,0 +1,125 @@
+"""Statistics of tensors as files of their own: what is taken where the data lies, merged, and used elsewhere (L5).
+
+A file is an ``.npz``: for the tensor at place ``i`` of ``facts["tensors"]`` the arrays ``i.NAME`` of ``Stats``, less
+the sample of raw values: what leaves the place of the data should tell of values together, not of single ones.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from edgeq.analyse.observe import VERSION
+from edgeq.analyse.stats import Arrays, Stats, merge
+from edgeq.errors import OutputError, SampleError
+from edgeq.ir import query
+
+RAW = ("sample", "keys")  # of Stats: single values and what drew them
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Statistics by tensor, from ``samples`` samples of the model with this digest. ``origins``: where they were."""
+
+    tensors: Mapping[str, Stats]
+    model: str
+    samples: int
+    origins: tuple[str, ...] = field(default=())
+
+
+def taps(model: ir.Model) -> list[str]:
+    """The tensors worth observing: of a quantized model what it quantizes, else all real ones, in graph order."""
+    quantized = [
+        str(node.inputs[0].name)
+        for node in model.graph
+        if node.op_type == "QuantizeLinear" and node.inputs[0] is not None and not query.is_constant(node.inputs[0])
+    ]
+    values = [*model.graph.inputs, *(value for node in model.graph for value in node.outputs)]
+    real = [str(value.name) for value in values if query.is_float(value) and not query.is_constant(value)]
+    weights = model.graph.initializers
+    return list(dict.fromkeys(quantized or (name for name in real if name not in weights)))
+
+
+def unrounded(model: ir.Model) -> ir.Model:
+    """A quantized model whose activations are passed on as they are: what a quantizer cut off would be missing from
+    every tensor behind it. Weights stay rounded; what is computed on codes by other nodes than Q and DQ stays too."""
+    clone = model.clone()
+    for node in clone.graph:
+        source = node.inputs[0] if node.inputs else None
+        writer = source.producer() if source is not None else None
+        if node.op_type == "DequantizeLinear" and writer is not None and writer.op_type == "QuantizeLinear":
+            for user, index in list(node.outputs[0].uses()):
+                user.replace_input_with(index, writer.inputs[0])
+    return clone
+
+
+def arrays_of(tensors: Mapping[str, Stats]) -> Arrays:
+    """Statistics as the arrays of a file, without raw values."""
+    return {
+        f"{place}.{name}": array
+        for place, stats in enumerate(tensors.values())
+        for name, array in stats.to_arrays().items()
+        if name not in RAW
+    }
+
+
+def write(found: Statistics, path: Path) -> None:
+    """OutputError when ``path`` can't be written."""
+    facts = {"version": VERSION, "model": found.model, "samples": found.samples, "origins": list(found.origins),
+             "tensors": list(found.tensors)}  # fmt: skip
+    arrays = {"facts": np.array(json.dumps(facts)), **arrays_of(found.tensors)}
+    try:
+        with path.open("wb") as file:
+            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # its stub mistakes names for flags
+    except OSError as error:
+        raise OutputError(f"can't write {str(path)!r}: {error.strerror}", hint="choose another -o") from error
+
+
+def read(path: Path) -> Statistics:
+    """SampleError for a file that isn't one of statistics, or of another version's."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        facts: dict[str, Any] = json.loads(str(arrays.pop("facts")))
+        version, names = facts["version"], facts["tensors"]
+        tensors = stats_of(arrays, names) if version == VERSION else {}
+        found = Statistics(tensors, facts["model"], facts["samples"], tuple(facts["origins"]))
+    except (OSError, ValueError, KeyError, TypeError, IndexError, EOFError, zipfile.BadZipFile) as error:
+        raise SampleError(
+            f"can't read statistics {str(path)!r}: {error}", hint="make them with edgeq observe"
+        ) from error
+    if version != VERSION:
+        raise SampleError(f"{str(path)!r} holds statistics of version {version}, expected {VERSION}",
+                          hint="observe again with this edgeq")  # fmt: skip
+    return found
+
+
+def stats_of(arrays: Mapping[str, np.ndarray[Any, Any]], names: Iterable[str]) -> dict[str, Stats]:
+    """The inverse of ``arrays_of``."""
+    nothing = dict.fromkeys(RAW, np.zeros(0, np.float32))
+    parts: dict[str, Arrays] = {}
+    for key, array in arrays.items():
+        place, _, name = key.partition(".")
+        parts.setdefault(place, {})[name] = array
+    return {name: Stats.from_arrays(nothing | parts[str(place)]) for place, name in enumerate(names)}
+
+
+def merged(parts: Iterable[Statistics]) -> Statistics:
+    """What one pass over the data of all would have said. SampleError when they are of different models."""
+    first, *others = parts
+    for other in others:
+        if other.model != first.model or other.tensors.keys() != first.tensors.keys():
+            raise SampleError(
+                f"statistics of {', '.join(first.origins)} and {', '.join(other.origins)} are of different models",
+                hint="observe the same file everywhere",
+            )
+        tensors = {name: merge(stats, other.tensors[name]) for name, stats in first.tensors.items()}
+        first = Statistics(tensors, first.model, first.samples + other.samples, (*first.origins, *other.origins))
+    return first

@@ -1,0 +1,124 @@
+"""Statistics as files, merged as one pass would have made them, and drift of a package's tensors."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import edgeq
+from edgeq.analyse.drift import drift
+from edgeq.analyse.layers import layers
+from edgeq.analyse.observe import observe
+from edgeq.analyse.statistics import Statistics, merged, read, taps, unrounded, write
+from edgeq.cli import main
+from edgeq.errors import OutputError, SampleError
+from edgeq.ir import io
+from edgeq.packaging import PACKAGES
+from edgeq.report import html
+from edgeq.report.codec import from_json
+from tests import packaged, small_net
+from tests.graphs import graph, normal
+from tests.placed import placed, samples_of
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with net.edgeq in integers, calibrated on 24 images, net.onnx, same.npz and bright.npz."""
+    folder = tmp_path_factory.mktemp("net")
+    small_net.write(folder)
+    found = placed(small_net.model(), feeds=[{"image": image[None]} for image in small_net.images(24, 1)])
+    io.write(found.model, folder / "int8.onnx")
+    rows = layers(found.source, found.model, found.plan, found.feeds[:2], found.target, found.stats)
+    package = packaged.classifier(folder / "float")
+    golden = replace(package.golden, tolerances={"logits": 1e9})
+    report = replace(packaged.REPORT, layers=rows)
+    package = replace(package, model=folder / "int8.onnx", report=report, golden=golden, preprocessing={})
+    PACKAGES["dir"](package, folder / "net.edgeq")
+    np.savez(folder / "same.npz", image=small_net.images(24, 2))
+    np.savez(folder / "bright.npz", image=3 * small_net.images(24, 2))
+    return folder
+
+
+def test_data_of_the_same_kind_stays_in_its_ranges(made: Path) -> None:
+    report = edgeq.observe(made / "net.edgeq", calibration=str(made / "same.npz"))
+    assert report.passed and report.check("drifted_tensors").value == 0
+    assert {row["tensor"] for row in report.drift} >= {"image", "a", "d", "s", "e"}
+    assert all(0.5 < row["used"] < 1.6 for row in report.drift)
+
+
+def test_data_of_another_kind_leaves_them(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["observe", str(made / "net.edgeq"), "-c", str(made / "bright.npz"), "-q"]
+    assert main([*words, "--json"]) == 1
+    report = from_json(capsys.readouterr().out)
+    row = next(row for row in report.drift if row["tensor"] == "image")
+    images = small_net.images(24, 2)
+    calibrated = small_net.images(24, 1)
+    assert row["drifted"] and (row["max"], row["now_max"]) == (calibrated.max(), 3 * images.max())
+    assert row["outside"] == pytest.approx(float((3 * images > calibrated.max()).mean()), abs=0.01)
+    assert row["beyond"] == pytest.approx(2.0, abs=0.1)
+    clipped = next(row for row in report.drift if row["tensor"] == "d")
+    assert clipped["now_max"] <= 6, "what a Clip bounds can't leave its range upwards"
+    main(words)
+    text = capsys.readouterr().out
+    assert "tensors observed" in text and "image" in text
+    assert "Drift (" in html.render(report)
+
+
+def test_a_quantized_output_is_held_to_what_is_in_front_of_its_codes() -> None:
+    text = "(float[1,8] x) => (float[1,8] t, float[1,8] y) { t = MatMul(x, w) y = MatMul(t, v) }"
+    found = placed(text, {"w": normal(8, 8), "v": normal(8, 8)})
+    rows = layers(found.source, found.model, found.plan, found.feeds, found.target, found.stats)
+    feeds = [{"x": 9 * feed["x"]} for feed in found.feeds]
+    seen = observe(unrounded(found.model), taps(found.model), samples_of(feeds), threads=1)
+    drifted = {row["tensor"]: row["used"] for row in drift(found.model, rows, seen)}
+    assert drifted["t"] == pytest.approx(9, rel=0.1)
+
+
+def test_a_package_without_ranges_is_told(made: Path, tmp_path: Path) -> None:
+    PACKAGES["dir"](replace(packaged.classifier(tmp_path / "made"), preprocessing={}), tmp_path / "old.edgeq")
+    report = edgeq.observe(tmp_path / "old.edgeq", calibration=str(made / "same.npz"))
+    assert report.checks == () and [notice.code for notice in report.notices] == ["no-ranges"]
+
+
+def test_halves_merged_say_what_the_whole_says(made: Path, tmp_path: Path) -> None:
+    images = small_net.images(24, 2)
+    for name, part in (("whole", images), ("one", images[:10]), ("two", images[10:])):
+        np.savez(tmp_path / f"{name}.npz", image=part)
+        edgeq.observe(made / "net.onnx", calibration=str(tmp_path / f"{name}.npz"), out=tmp_path / f"{name}.stats")
+    whole, one, two = (read(tmp_path / f"{name}.stats") for name in ("whole", "one", "two"))
+    both = merged([one, two])
+    assert both.samples == whole.samples == 24 and both.tensors.keys() == whole.tensors.keys()
+    assert set(whole.tensors) >= {"image", "a", "p", "s", "logits"}
+    for name, stats in whole.tensors.items():
+        other = both.tensors[name]
+        assert (other.min, other.max, other.count) == (stats.min, stats.max, stats.count)
+        assert stats.sample.size == 0, "no single value is in the file"
+        np.testing.assert_allclose(other.histogram.edges(), stats.histogram.edges())
+
+
+def test_files_that_are_none_are_refused(made: Path, tmp_path: Path) -> None:
+    with pytest.raises(SampleError, match="can't read statistics"):
+        read(made / "same.npz")
+    with pytest.raises(SampleError, match="can't read statistics"):
+        read(made / "net.onnx")
+    found = {}
+    for name in ("x", "y"):
+        model = graph(f"(float[1,4] {name}) => (float[1,4] z) {{ z = Relu({name}) }}")
+        io.write(model, tmp_path / f"{name}.onnx")
+        np.savez(tmp_path / f"{name}.npz", **{name: normal(3, 4)})
+        edgeq.observe(tmp_path / f"{name}.onnx", calibration=str(tmp_path / f"{name}.npz"), out=tmp_path / name)
+        found[name] = read(tmp_path / name)
+    with pytest.raises(SampleError, match="are of different models"):
+        merged(found.values())
+    write(Statistics({}, "m", 0), tmp_path / "old")
+    with np.load(tmp_path / "old") as file:
+        facts = json.loads(str(file["facts"]))
+    np.savez(tmp_path / "old.npz", facts=np.array(json.dumps(facts | {"version": 0})))
+    with pytest.raises(SampleError, match="of version 0"):
+        read(tmp_path / "old.npz")
+    with pytest.raises(OutputError, match="exists"):
+        edgeq.observe(tmp_path / "x.onnx", calibration=str(tmp_path / "x.npz"), out=tmp_path / "x")
