@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -36,12 +36,13 @@ from edgeq.given import (
 )
 from edgeq.ir import query
 from edgeq.packaging import Variant, check_files, read_directory, verify_package
+from edgeq.pixels import of_package, taken
 from edgeq.quantizer import Quantizer
 from edgeq.report.progress import Progress
 from edgeq.report.record import AtomNoise, Check, Coverage, Divergence, Island, Report
 from edgeq.report.recorder import Recorder
 from edgeq.run.device import Device, open_device, registry
-from edgeq.run.record import Timing
+from edgeq.run.record import Samples, Timing
 from edgeq.run.samples import load_samples, take
 from edgeq.run.session import feeds_like, open_session
 from edgeq.run.timing import TimedConfig, compare, ratio
@@ -156,9 +157,8 @@ def validate(
         counts = tuple(threads) if threads is not None else load_target("local").threads
         if not origin or (reference is None and not Path(origin).is_file() and ":" not in origin):
             raise PackageError(f"the float model {origin!r} isn't here", hint="name it with --reference")
-        model, info = read_model(origin, opset=load_target("local").opset)
         spec = samples_spec(evaluation, synthetic, "evaluation", "-e")
-        samples = load_samples(spec, model, preprocessing=preprocessing_of(preprocessing, shipped.preprocessing))
+        model, samples, source = _compared(origin, variant, spec, preprocessing, shipped.preprocessing, recorder)
         with recorder.step("validate", len(samples)):
             validation = measure(
                 model, variant.model, samples, metric=metric, limits=wanted.limits(), threads=counts,
@@ -180,8 +180,23 @@ def validate(
         variant.report, checks=(*on_device, *validation.checks), latency=timing_facts(validation.timings),
         steps=tuple(recorder.steps), notices=(*variant.report.notices, *recorder.notices),
         environment=environment() | told, samples={"evaluation": samples_facts(samples)}, candidates=(),
-        source=source_facts(info, model), divergence=apart, sustained=load,
+        source=source, divergence=apart, sustained=load,
     )  # fmt: skip
+
+
+def _compared(
+    origin: str, variant: Variant, spec: str, given: str | Path | None, shipped: Mapping[str, Any], recorder: Recorder
+) -> tuple[ir.Model, Samples, dict[str, Any]]:
+    """The model to compare with, the samples, and what a report says of it. One of a package that takes pixels gets
+    the same normalisation inside."""
+    model, info = read_model(origin, opset=load_target("local").opset)
+    inside = of_package(variant.report.source)
+    made = shipped if inside is None else inside.to_dict()
+    samples = load_samples(spec, model, preprocessing=preprocessing_of(given, made))
+    if inside is None:
+        return model, samples, source_facts(info, model)
+    model, samples = taken(model, inside, samples, recorder)
+    return model, samples, {**source_facts(info, model), "pixels": inside.to_dict()}
 
 
 def _verified(folder: Path, device: Device | None) -> tuple[Variant, Provider, tuple[Check, ...]]:

@@ -19,7 +19,15 @@ from edgeq.analyse.saturation import certify
 from edgeq.analyse.store import Store
 from edgeq.context import Context
 from edgeq.facts import environment, samples_facts, source_facts, target_facts, timing_facts
-from edgeq.given import Wanted, check_form, read_with_samples, samples_settings, samples_spec, target_of
+from edgeq.given import (
+    Wanted,
+    check_form,
+    preprocessing_of,
+    read_with_samples,
+    samples_settings,
+    samples_spec,
+    target_of,
+)
 from edgeq.ir import io
 from edgeq.ir.text import to_text
 from edgeq.lower.emit import describe, emit
@@ -33,12 +41,14 @@ from edgeq.packaging import (
     package_in,
     postprocessing_of,
 )
+from edgeq.pixels import as_pixels, normalisation, taken
 from edgeq.quantizer import Quantizer
 from edgeq.report.progress import Progress
 from edgeq.report.record import Check, Coverage, Island, Report
 from edgeq.report.recorder import Recorder
 from edgeq.report.rows import saturation_line
 from edgeq.rewrite.halve import rounded
+from edgeq.rewrite.pixels import picture_of
 from edgeq.run.record import Samples
 from edgeq.run.samples import load_samples, split, take
 from edgeq.run.session import open_session, run_session
@@ -73,6 +83,7 @@ def export(
     threads: Sequence[int] | None = None,
     synthetic: bool = False,
     preprocessing: str | Path | None = None,
+    pixels: bool = False,
     labels: str | Path | None = None,
     postprocessing: str | Path | None = None,
     inputs: Sequence[str] = (),
@@ -86,7 +97,8 @@ def export(
     """Make ``model`` small and fast for ``target``, prove it, and write a package to ``out``.
 
     ``calibration`` and ``evaluation`` are what ``run.samples.load_samples`` takes; without the latter a held-out part
-    of the former is used. Drops are in the metric's own unit (top1: a fraction, .005 is half a point). What ships is
+    of the former is used. With ``pixels`` the package takes uint8 pictures: their normalisation goes into the model.
+    Drops are in the metric's own unit (top1: a fraction, .005 is half a point). What ships is
     what was measured: when no quantized model keeps the limits and beats float, the best float model ships and the
     report says so. Raises an EdgeqError for what the caller can mend.
     """
@@ -102,6 +114,10 @@ def export(
     source, info, calibrate, held_out = _read(
         model, chosen_target, calibration, evaluation, synthetic, preprocessing, inputs, limit, seed, recorder
     )
+    how = normalisation(calibrate, preprocessing_of(preprocessing), source) if pixels else None
+    if how is not None:
+        held_out = as_pixels(held_out, str(picture_of(source).name), how)
+        source, calibrate = taken(source, how, calibrate, recorder)
     context = Context(
         chosen_target, Oracle(chosen_target), calibrate, recorder, Store(), max(chosen_target.threads), seed
     )
@@ -123,6 +139,7 @@ def export(
         settled = settle(floats, prepared.quantizer, judge, feeds, context, folder)
         validation = _validate(settled, floats, judge, held_out, wanted, context)
         report = _report(settled, validation, info, plan, prepared, calibrate, held_out, context)
+        report = report if how is None else replace(report, source={**report.source, "pixels": how.to_dict()})
         if dump is not None:
             _dump(Path(dump), source, prepared, settled)
         words = {key: value for key, value in source.metadata_props.items() if value}

@@ -27,6 +27,7 @@ from edgeq.analyse.stats import Stats
 from edgeq.context import Context
 from edgeq.ir import query, verify
 from edgeq.ir.ops import OPS
+from edgeq.ir.pixels import codes_of
 from edgeq.lower.fuse import fuse
 from edgeq.num.quant import Coded
 from edgeq.report.record import AtomNoise, Coverage
@@ -49,6 +50,7 @@ BIAS_HELD, BIAS_SAMPLES = 0.25, 64  # share of the samples that judges and doesn
 BIAS_REDUCTION = 0.95  # noise left there: MobileNetV2's 20.0 to 20.1 dB there were 20.6 to 20.5 on 200 other photos
 ATOMS_A_CUT = 3  # atoms run again for each other's sake, and fewer, narrower cuts to keep values at
 FUSION_ROUNDS = 4
+PIXELS = "pixels are codes already, away from their zero point"
 
 
 class Quantizer:
@@ -74,7 +76,8 @@ class Quantizer:
             self.atoms = placement.find_atoms(model, context.target, context.oracle)
             facts.update(atoms=len(self.atoms), probes=context.oracle.sessions)
         self.costs = placement.default_costs(self.atoms, self.shapes)
-        self.keep_float = dict(context.keep_float)
+        moved = [node for node in model.graph if node.outputs and codes_of(node.outputs[0]) is not None]
+        self.keep_float = {**context.keep_float, **dict.fromkeys((str(node.name) for node in moved), PIXELS)}
         self.profiled = False  # whether the costs are this machine's
         self.stats: dict[str, Stats] = {}
         self.noises: tuple[AtomNoise, ...] = ()  # of the plan that was last asked about

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 from edgeq.ir import io
 from edgeq.packaging import Golden, Package
 from edgeq.report.record import Artifact, Check, Coverage, Island, Report
+from edgeq.rewrite.pixels import from_pixels
 from edgeq.run.preprocess import Preprocessing
 from edgeq.run.session import open_session, run_session
 from tests import small_net
@@ -33,18 +35,23 @@ REPORT = Report(
 )
 
 
-def classifier(folder: Path, *, change: Callable[[Any], None] | None = None) -> Package:
-    """A package of ``small_net``, whose model ``change`` may edit first: two golden runs, 10 labels, softmax, top 2."""
+def classifier(folder: Path, *, change: Callable[[Any], None] | None = None, pixels: bool = False) -> Package:
+    """A package of ``small_net``, whose model ``change`` may edit first: two golden runs, 10 labels, softmax, top 2.
+    With ``pixels`` it takes uint8 pictures."""
     folder.mkdir(parents=True, exist_ok=True)
-    model = small_net.model()
+    model, how = small_net.model(), PREPROCESSING
+    feeds = tuple({"image": small_net.images(1, seed)} for seed in (5, 6))
+    if pixels:
+        model = from_pixels(model, how)
+        how = replace(how, scale=1.0, mean=(0.0,), std=(1.0,), layout="NHWC", dtype="uint8")
+        feeds = tuple({"image": np.uint8(255 * feed["image"]).transpose(0, 2, 3, 1)} for feed in feeds)
     if change is not None:
         change(model)
     io.write(model, folder / "net.onnx")
     session = open_session(folder / "net.onnx")
-    feeds = tuple({"image": small_net.images(1, seed)} for seed in (5, 6))
     golden = Golden(feeds, tuple(run_session(session, feed) for feed in feeds), {"logits": 1e-3})
     return Package(
-        folder / "net.onnx", REPORT, golden, PREPROCESSING.to_dict(), tuple(f"class {i}" for i in range(CLASSES)),
+        folder / "net.onnx", REPORT, golden, how.to_dict(), tuple(f"class {i}" for i in range(CLASSES)),
         {"licence": "MIT"}, {"output": "logits", "activation": "softmax", "top": 2, "threshold": 0.0},
     )  # fmt: skip
 

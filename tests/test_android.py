@@ -100,10 +100,11 @@ def test_tables_are_literals() -> None:
 
 
 @pytest.mark.slow
-def test_the_kotlin_checks_and_answers_as_python_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize("pixels", [False, True])
+def test_the_kotlin_checks_and_answers_as_python_does(tmp_path: Path, pixels: bool) -> None:
     if shutil.which("kotlinc") is None or shutil.which("java") is None:
         (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)("no kotlinc: make browser")
-    out = PACKAGES["android"](classifier(tmp_path / "made"), tmp_path / "net")
+    out = PACKAGES["android"](classifier(tmp_path / "made", pixels=pixels), tmp_path / "net")
     (tmp_path / "bridge.py").write_text(BRIDGE)
     (tmp_path / "Probe.kt").write_text(PROBE)
     sources = [str(out / SOURCES / f"{name}.kt") for name in ("Contents", "Model", "Pictures", "Records")]
@@ -114,8 +115,8 @@ def test_the_kotlin_checks_and_answers_as_python_does(tmp_path: Path) -> None:
     assert compiled.returncode == 0, compiled.stdout + compiled.stderr
     place = out / json.loads((out / "edgeq-form.json").read_text())["package"]
     (tmp_path / "exchange").mkdir()
-    pixels = picture()
-    (tmp_path / "pixels").write_bytes(pixels.tobytes())
+    shown = picture()
+    (tmp_path / "pixels").write_bytes(shown.tobytes())
 
     def run(*words: object) -> list[str]:
         classes = f"{tmp_path / 'probe.jar'}:{STDLIB}"
@@ -126,13 +127,14 @@ def test_the_kotlin_checks_and_answers_as_python_does(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         return done.stdout.splitlines()
 
-    first, *rows = run(tmp_path / "pixels", *pixels.shape[:2])
+    first, *rows = run(tmp_path / "pixels", *shown.shape[:2])
     assert first == "running cpu"
-    (expected,) = loader.pipeline(place)(pixels)
+    (expected,) = loader.pipeline(place)(shown)
     assert [row.split("\t")[0] for row in rows] == [row["label"] for row in expected]
     np.testing.assert_allclose([float(row.split("\t")[1]) for row in rows], [row["score"] for row in expected], 1e-6)
-    values = np.fromfile(tmp_path / "exchange" / "values", np.float32)
-    np.testing.assert_array_equal(values, loader.preprocess(pixels, classifier(tmp_path / "x").preprocessing).ravel())
+    made = loader.preprocess(shown, dict(classifier(tmp_path / "x", pixels=pixels).preprocessing))
+    assert made.dtype == (np.uint8 if pixels else np.float32)
+    np.testing.assert_array_equal(np.fromfile(tmp_path / "exchange" / "values", made.dtype), made.ravel())
     assert len(list((tmp_path / "state").iterdir())) == 1
     whole = (place / "golden.bin").read_bytes()
     (place / "golden.bin").write_bytes(whole[:70] + bytes([whole[70] ^ 1]) + whole[71:])

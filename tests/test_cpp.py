@@ -148,6 +148,7 @@ int main(int, char** words) {  // height width pixels.bin -> values.bin; then th
         Preprocessing(resize=13, interpolation="bicubic", mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.1)),
         Preprocessing(resize=40, crop=(12, 11), interpolation="lanczos", channels="BGR", layout="NHWC"),
         Preprocessing(resize=(17, 9), crop=(30, 31), interpolation="bilinear", channels="L"),
+        Preprocessing(resize=11, interpolation="box", scale=1.0, channels="BGR", layout="NHWC", dtype="uint8"),
     ],
     ids=lambda how: how.interpolation,
 )
@@ -168,7 +169,7 @@ def test_pictures_and_digests_are_the_same_to_the_bit(tmp_path: Path, how: Prepr
         assert done.stdout == hashlib.sha256(pixels.tobytes()).hexdigest()
         expected = loader.preprocess(pixels, how.to_dict())
         np.testing.assert_array_equal(
-            np.frombuffer((tmp_path / "values").read_bytes(), np.float32), expected.ravel(), str(how)
+            np.frombuffer((tmp_path / "values").read_bytes(), how.dtype), expected.ravel(), str(how)
         )
 
 

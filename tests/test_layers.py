@@ -33,6 +33,7 @@ LAYERS = {
     "recipe": 9,
     "context": 9,
     "halving": 9.3,
+    "pixels": 9,
     "quantizer": 9.3,
     "steps": 9.5,
     "facts": 9,

@@ -165,7 +165,7 @@ def test_pictures_become_the_same_bits_in_javascript(served: Any, page: Any, tmp
         const data = new Uint8ClampedArray(height * width * 4).fill(255);
         pixels.forEach((value, i) => { data[Math.trunc(i / 3) * 4 + i % 3] = value; });
         const made = preprocess({ data, height, width }, how);
-        return [Array.from(made.data), made.dims]; }"""
+        return [Array.from(made.data), made.dims, made.dtype]; }"""
     random = np.random.default_rng(0)
     for trial in range(40):
         height, width = (int(side) for side in random.integers(1, 40, 2))
@@ -181,10 +181,12 @@ def test_pictures_become_the_same_bits_in_javascript(served: Any, page: Any, tmp
             std=(0.2,) if channels == "L" else (0.2, 0.3, 0.1),
             layout="NCHW" if trial % 5 else "NHWC",
             channels=channels,
-        ).to_dict()
-        values, dims = page.evaluate(script, [pixels.ravel().tolist(), height, width, how])
-        expected = loader.preprocess(pixels, how)
-        np.testing.assert_array_equal(np.array(values, np.float32).reshape(dims), expected, str(how))
+        )
+        if trial % 7 == 3:
+            how = replace(how, scale=1.0, mean=(0.0,), std=(1.0,), dtype="uint8")
+        values, dims, dtype = page.evaluate(script, [pixels.ravel().tolist(), height, width, how.to_dict()])
+        expected = loader.preprocess(pixels, how.to_dict())
+        np.testing.assert_array_equal(np.array(values, dtype).reshape(dims), expected, str(how), strict=True)
 
 
 def test_the_command_line_writes_and_reads_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,7 @@
 
 HardSigmoid of codes with 254 steps between its corners is the code itself, in another scale; HardSwish needs a whole
 number of steps from 0 to its corners at 3 and -3, the lower one within the range. Both cost a scale that is larger by
-less than a step in that number, against a float island with Q and DQ around it.
+less than a step in that number, against a float island with Q and DQ around it. Pixels are codes with a scale of 1.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ import numpy as np
 
 from edgeq.analyse.place import Atom, Plan
 from edgeq.ir import query
-from edgeq.num.quant import QParams
+from edgeq.ir.pixels import codes_of
+from edgeq.num.quant import QParams, parse_quant
 
+CODES = parse_quant("u8/tensor/asym")  # what pixels are
 GATE_STEPS = 254  # of 255: an even number, so that the middle is a code
 REACH = 3.0  # of HardSwish: x clip(x / 6 + 1 / 2, 0, 1)
 
@@ -30,6 +32,10 @@ def aligned(plan: Plan, activations: Mapping[str, QParams]) -> dict[str, QParams
         elif atom.head.op_type == "HardSwish":
             name = str(atom.inputs[0].name)
             found[name] = _reaching(found.get(name, activations[name]))
+        for value in atom.inputs:
+            pixels = codes_of(value)
+            if pixels is not None and str(value.name) in activations and activations[str(value.name)].quant == CODES:
+                found[str(value.name)] = QParams(CODES, np.array(1, np.float32), np.array(pixels[1], np.int32))
     return found
 
 

@@ -23,9 +23,9 @@ def layers(
 ) -> tuple[dict[str, Any], ...]:  # fmt: skip
     """A row a quantized tensor in graph order: ``name``, ``op``, ``snr_db`` of its dequantized value against the float
     model's (all noise from upstream included), ``format``, and the extremes that calibration saw, ``min`` and ``max``.
-    SNR is over all feeds; None where nothing was comparable."""
-    names = [name for name in plan.tensors if name not in plan.ties]
-    twin = _dequantized(quantized, names)
+    SNR is over all feeds; None where nothing was comparable. Pixels that are codes as they come have no row."""
+    twin = _dequantized(quantized, [name for name in plan.tensors if name not in plan.ties])
+    names = [name for name in plan.tensors if name in twin]
     exact, noisy = _tapped(reference, names), _tapped(quantized, list(twin.values()))
     sessions = [open_session(m, threads=2, provider=target.simulation, level="basic") for m in (exact, noisy)]
     power, error = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)

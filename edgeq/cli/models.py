@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 @options.threads
 @options.synthetic
 @options.preprocessing
+@options.pixels
 @options.answers
 @options.inputs
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Use at most N calibration samples.")

@@ -49,6 +49,7 @@ inputs = click.option(
 threads = click.option("--threads", callback=_threads, metavar="1,2", help="Thread counts latency is measured at.")
 seed = click.option("--seed", type=int, default=0, show_default=True, help="Seed of everything random.")
 preprocessing = click.option("--preprocessing", metavar="FILE", help="JSON on how images become inputs.")
+pixels = click.option("--pixels", is_flag=True, help="Take uint8 pictures: normalisation and layout go into the model.")
 answers = _together(
     click.option("--labels", type=PATH, metavar="FILE", help="Names of the classes, a line each, for the app."),
     click.option("--postprocessing", type=PATH, metavar="FILE", help="JSON on how the output becomes an answer."),

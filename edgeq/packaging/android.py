@@ -80,7 +80,8 @@ def _preprocessing(how: Mapping[str, Any]) -> str:
     floats = (f"listOf({', '.join(f'{value!r}f' for value in how[key])})" for key in ("mean", "std"))
     return (
         f"Preprocessing({literal(resize)}, {literal(how['crop'] or [])}, {literal(how['interpolation'])}, "
-        f"{how['scale']!r}f, {', '.join(floats)}, {literal(how['layout'])}, {literal(how['channels'])})"
+        f"{how['scale']!r}f, {', '.join(floats)}, {literal(how['layout'])}, {literal(how['channels'])}, "
+        f"{literal(how.get('dtype', 'float32'))})"
     )
 
 

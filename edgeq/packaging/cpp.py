@@ -73,11 +73,11 @@ def _variant(row: dict[str, Any]) -> list[Any]:
 
 def _preprocessing(how: dict[str, Any]) -> list[Any]:
     if not how:
-        return [False, [], [], "bilinear", 1.0, [0.0], [1.0], "NCHW", "RGB"]
+        return [False, [], [], "bilinear", 1.0, [0.0], [1.0], "NCHW", "RGB", "float32"]
     resize = how["resize"] if isinstance(how["resize"], list) else [how["resize"]] if how["resize"] else []
     return [
         True, resize, how["crop"] or [], how["interpolation"], how["scale"], how["mean"], how["std"], how["layout"],
-        how["channels"],
+        how["channels"], how.get("dtype", "float32"),
     ]  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 Nothing is decided here. Codes are stored for every constant; activations get one Q and one DQ each: behind an integer
 kernel every reader takes the DQ (the kernel writes codes only), behind a float producer only integer kernels do, so
-float readers keep the exact value.
+float readers keep the exact value. Pixels that come as codes need no Q.
 
 ONNX Runtime quantizes the weights of a float Conv, ConvTranspose or Gemm between a DQ and a Q by itself, with one scale
 for all of them (its pass WeightBiasQuantization; MobileNetV2's first depthwise convolution "kept float" cost 4.9 dB).
@@ -19,9 +19,11 @@ import onnx_ir as ir
 from edgeq.analyse.encode import Encodings, head_values
 from edgeq.analyse.place import Plan
 from edgeq.ir import edit, query
+from edgeq.ir.pixels import codes_of
 from edgeq.num.formats import Int
 from edgeq.num.quant import Coded, QParams
 
+U8 = ir.DataType.UINT8
 SEIZED = ("Conv", "ConvTranspose", "Gemm")  # what the runtime's WeightBiasQuantization takes
 
 
@@ -91,9 +93,11 @@ def _quantize_tensor(
         like=value,
         dtype=_dtype(params),
     )
+    pixels = codes_of(value)
+    known = pixels is not None and params.scale == 1 and params.zero_point == pixels[1] and _dtype(params) == U8
     dq = edit.make_node(
         "DequantizeLinear",
-        [q.outputs[0], scale, zero],
+        [pixels[0] if known and pixels is not None else q.outputs[0], scale, zero],
         names.fresh(f"{name}_DequantizeLinear"),
         names.fresh(f"{name}_dequantized"),
         like=value,

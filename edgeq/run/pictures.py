@@ -31,7 +31,7 @@ def _far(x: Any) -> Any:
 
 
 def preprocess(picture: Any, how: dict[str, Any]) -> Any:
-    """Picture u8[h, w, 3] (RGB) or PIL image -> f32[1, c, h, w] or f32[1, h, w, c]."""
+    """Picture u8[h, w, 3] (RGB) or PIL image -> [1, c, h, w] or [1, h, w, c], f32 or u8."""
     pixels = np.asarray(picture.convert("RGB") if hasattr(picture, "convert") else picture, np.uint8)
     if how["channels"] == "L":
         pixels = ((pixels.astype(np.int64) @ (19595, 38470, 7471) + 0x8000) >> 16).astype(np.uint8)[:, :, None]
@@ -43,7 +43,8 @@ def preprocess(picture: Any, how: dict[str, Any]) -> Any:
     values: Any = pixels[:, :, ::-1] if how["channels"] == "BGR" else pixels
     scaled = values.astype(np.float32) * np.float32(how["scale"])
     scaled = (scaled - np.array(how["mean"], np.float32)) / np.array(how["std"], np.float32)
-    return np.ascontiguousarray((scaled.transpose(2, 0, 1) if how["layout"] == "NCHW" else scaled)[None])
+    made = scaled.astype(how.get("dtype", "float32"))  # uint8 where the model does the arithmetic
+    return np.ascontiguousarray((made.transpose(2, 0, 1) if how["layout"] == "NCHW" else made)[None])
 
 
 def resized(sides: Any, resize: Any) -> Any:

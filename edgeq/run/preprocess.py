@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 from numpy.typing import NDArray
 
 from edgeq.errors import SampleError, did_you_mean
@@ -36,7 +35,7 @@ class Preprocessing:
 
     ``resize``: one number scales the shorter side to it, two are [height, width], None keeps the size.
     ``crop``: [height, width] cut from the centre, padded with zeros where the image is smaller.
-    ``layout``: NCHW or NHWC, with N = 1.
+    ``layout``: NCHW or NHWC, with N = 1. ``dtype``: uint8 leaves ``scale``, ``mean`` and ``std`` to the model.
     """
 
     resize: int | tuple[int, int] | None = None
@@ -47,11 +46,18 @@ class Preprocessing:
     std: tuple[float, ...] = (1.0,)
     layout: Literal["NCHW", "NHWC"] = "NCHW"
     channels: str = "RGB"
+    dtype: Literal["float32", "uint8"] = "float32"
 
     def __post_init__(self) -> None:
         _expect_one_of("interpolation", self.interpolation, list(INTERPOLATIONS))
         _expect_one_of("layout", self.layout, ["NCHW", "NHWC"])
         _expect_one_of("channels", self.channels, list(CHANNELS))
+        _expect_one_of("dtype", self.dtype, ["float32", "uint8"])
+        if self.dtype == "uint8" and (self.scale, {*self.mean}, {*self.std}) != (1.0, {0.0}, {1.0}):
+            raise SampleError(
+                "preprocessing key 'dtype' is 'uint8', which scale, mean or std would leave",
+                hint="use scale 1, mean [0] and std [1], or float32",
+            )
         if 0.0 in self.std:
             raise SampleError("preprocessing key 'std' holds 0", hint="use 1 for a channel that isn't scaled")
 
@@ -93,9 +99,9 @@ class Preprocessing:
             return replace(self, layout="NCHW" if spec.shape[1] in (1, 3) else "NHWC")
         return self
 
-    def apply(self, image: Image.Image) -> NDArray[np.float32]:
-        """Image -> f32[1, c, h, w] or f32[1, h, w, c]."""
-        values: NDArray[np.float32] = preprocess(image, self.to_dict())
+    def apply(self, image: Image.Image) -> NDArray[Any]:
+        """Image -> [1, c, h, w] or [1, h, w, c], f32 or u8."""
+        values: NDArray[Any] = preprocess(image, self.to_dict())
         return values
 
 

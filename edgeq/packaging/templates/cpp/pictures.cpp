@@ -109,8 +109,13 @@ Tensor scaled(const Image& image) {
       value = (value - how.mean[how.mean.size() > 1 ? c : 0]) / how.std[how.std.size() > 1 ? c : 0];
       values[planes ? c * count + i : i * image.channels + c] = value;
     }
-  Tensor made{"float32", {1, image.height, image.width, image.channels}, std::vector<uint8_t>(values.size() * 4)};
+  Tensor made{how.type, {1, image.height, image.width, image.channels}, {}};
   if (planes) made.shape = {1, image.channels, image.height, image.width};
+  if (made.type == "uint8") {  // the model does the arithmetic
+    for (float value : values) made.bytes.push_back(uint8_t(value));
+    return made;
+  }
+  made.bytes.resize(values.size() * 4);
   std::memcpy(made.bytes.data(), values.data(), made.bytes.size());
   return made;
 }

@@ -42,6 +42,7 @@ struct Preprocessing {  // resize: none, a shorter side, or height and width
   std::vector<float> mean, std;
   const char* layout;
   const char* channels;
+  const char* type;
 };
 
 struct Canary {  // what a known picture becomes

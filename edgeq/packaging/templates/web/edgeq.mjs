@@ -144,8 +144,8 @@ function opened(ort, manifest, { session, variant, passedOver }) {
   const run = (feeds) => session.run(feeds);
   const answer = async (picture) => {
     if (!manifest.preprocessing.layout) throw new Error("the package holds no preprocessing for pictures: use run()");
-    const { data, dims } = preprocess(picture, manifest.preprocessing);
-    const results = await run({ [session.inputNames[0]]: new ort.Tensor("float32", data, dims) });
+    const { data, dims, dtype } = preprocess(picture, manifest.preprocessing);
+    const results = await run({ [session.inputNames[0]]: new ort.Tensor(dtype, data, dims) });
     const how = manifest.postprocessing;
     return how.output ? postprocess(results[how.output], how, manifest.labels) : results;
   };

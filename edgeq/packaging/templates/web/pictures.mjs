@@ -99,7 +99,8 @@ function scaled({ pixels, width, height, channels }, how) {
       const pixel = pixels[i * channels + (how.channels === "BGR" ? channels - 1 - c : c)];
       data[planes ? c * width * height + i : i * channels + c] = f(f(f(pixel * f(how.scale)) - mean[c]) / std[c]);
     }
-  return { data, dims: planes ? [1, channels, height, width] : [1, height, width, channels] };
+  const dims = planes ? [1, channels, height, width] : [1, height, width, channels];
+  return how.dtype === "uint8" ? { data: Uint8Array.from(data), dims, dtype: "uint8" } : { data, dims, dtype: "float32" };
 }
 
 /** The picture whose values the manifest knows, RGBA. */

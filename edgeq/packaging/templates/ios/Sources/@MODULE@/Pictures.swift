@@ -110,6 +110,7 @@ private func scaled(_ image: Image, _ how: Preprocessing) -> Tensor {
         }
     }
     let shape = planes ? [1, channels, image.height, image.width] : [1, image.height, image.width, channels]
+    if how.dtype == "uint8" { return Tensor(type: "uint8", shape: shape, data: Data(values.map { UInt8($0) })) }
     return Tensor(type: "float32", shape: shape, data: values.withUnsafeBytes { Data($0) })
 }
 

@@ -61,6 +61,7 @@ struct Preprocessing: Decodable {
     let std: [Float]
     let layout: String
     let channels: String
+    let dtype: String?
 }
 
 /// A shorter side, or height and width.

@@ -115,15 +115,17 @@ fun preprocess(picture: Picture, how: Preprocessing): Tensor {
 private fun scaled(image: Image, how: Preprocessing): Tensor {
     val planes = how.layout == "NCHW"
     val count = image.height * image.width
-    val bytes = ByteBuffer.allocate(count * image.channels * 4).order(ByteOrder.LITTLE_ENDIAN)
+    val whole = how.type == "uint8" // the model does the arithmetic
+    val bytes = ByteBuffer.allocate(count * image.channels * if (whole) 1 else 4).order(ByteOrder.LITTLE_ENDIAN)
     for (i in 0 until count) for (c in 0 until image.channels) {
         val pixel = image.pixels[i * image.channels + if (how.channels == "BGR") image.channels - 1 - c else c].toInt() and 255
         val value = (pixel * how.scale - how.mean[if (how.mean.size > 1) c else 0]) / how.std[if (how.std.size > 1) c else 0]
-        bytes.putFloat(4 * if (planes) c * count + i else i * image.channels + c, value)
+        val at = if (planes) c * count + i else i * image.channels + c
+        if (whole) bytes.put(at, value.toInt().toByte()) else bytes.putFloat(4 * at, value)
     }
     val (height, width, channels) = listOf(image.height, image.width, image.channels).map(Int::toLong)
     val shape = if (planes) listOf(1L, channels, height, width) else listOf(1L, height, width, channels)
-    return Tensor("float32", shape, bytes.array())
+    return Tensor(how.type, shape, bytes.array())
 }
 
 /** The picture whose values the manifest knows. */

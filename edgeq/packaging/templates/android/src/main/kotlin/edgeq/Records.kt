@@ -27,7 +27,8 @@ class Preprocessing(
     val mean: List<Float>,
     val std: List<Float>,
     val layout: String,
-    val channels: String
+    val channels: String,
+    val type: String
 )
 
 /** What a known picture becomes. */
