@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from tests.bench.quantizers import ORT, first_line, quantize
+from tests.bench.quantizers import ORT, at_best, first_line
 from tests.zoo import ENTRIES, ZOO
 from tests.zoo.packages import data, float_model
 
@@ -50,7 +50,7 @@ def quantized(name: str, folder: Path, variants: Sequence[str], samples: int | N
     for variant in variants:
         path = artefact(folder, name, variant)
         try:
-            note = quantize(variant, float_model(name), path, feeds)
+            note = at_best(variant, float_model(name), path, feeds)
         except Exception as error:  # noqa: BLE001 - whatever the peer dies of is what this benchmark reports
             path.unlink(missing_ok=True)
             yield Peer(name, variant, error=first_line(error))

@@ -203,7 +203,7 @@ def at_opset(source: Path, path: Path, opset: int = PER_CHANNEL_OPSET) -> bool:
     return True
 
 
-def _best_effort(variant: str, source: Path, path: Path, feeds: Feeds) -> str:
+def at_best(variant: str, source: Path, path: Path, feeds: Feeds) -> str:
     """As ``quantize``, on the model raised to an opset that has scales per channel, else on the model as it is."""
     failed = ""
     with tempfile.TemporaryDirectory() as scratch:
@@ -252,7 +252,7 @@ def main(variant: str, source: str, samples: str, out: str, count: str, most_byt
     feeds = list(unpacked(Path(samples)))[: int(count)]
     start, error, note = time.perf_counter(), "", ""
     try:
-        note = _best_effort(variant, Path(source), Path(out), feeds)
+        note = at_best(variant, Path(source), Path(out), feeds)
     except Exception as died:  # noqa: BLE001 - as above
         Path(out).unlink(missing_ok=True)
         error = first_line(died)
