@@ -17,10 +17,15 @@ import numpy as np
 import pytest
 
 import edgeq
+from edgeq import steps
 from edgeq.ahead import compile_for
+from edgeq.context import Context
 from edgeq.errors import ModelError, OutputError, RuntimeUnavailableError, SampleError, TargetError, UsageError
+from edgeq.ir import io
 from edgeq.report.record import Report
+from edgeq.report.recorder import Recorder
 from edgeq.run.session import open_session, run_session
+from edgeq.source import read_model
 from edgeq.target import isolated
 from edgeq.target.load import load_target
 from edgeq.target.oracle import Oracle
@@ -28,7 +33,8 @@ from edgeq.target.patterns import table
 from edgeq.target.provider import assigned, open_on
 from tests import small_net
 from tests.bench.forecast import compare
-from tests.graphs import graph
+from tests.graphs import graph, normal, ops
+from tests.placed import samples_of
 from tests.zoo import ZOO
 from tests.zoo.packages import data, float_model
 
@@ -92,6 +98,29 @@ def test_export_runs_whole_on_the_npu(exported: dict[str, tuple[Report, Path]], 
     assert not [check.name for check in report.checks if "latency" in check.name or check.name.endswith("_ms")]
     codes = {row["format"].split("/")[0] for row in report.layers}
     assert codes == ({"u16"} if formats == "a16w8" else {"u8"})
+
+
+def test_16_bit_floats_are_rounded_as_was_told(files: Path, tmp_path: Path) -> None:
+    report = export(files, tmp_path / "half.edgeq", recipe="canonicalize; half")
+    assert report.passed and report.artifact is not None
+    path = Path(report.artifact.path)
+    assert on_cpu(path) == {}  # it casts what enters and leaves itself
+    shipped = io.read(path)
+    assert [str(value.dtype) for value in shipped.graph.inputs] == ["FLOAT"]
+    assert report.check("size_ratio").value < 0.53
+    (told,) = [row["checks"]["snr_db"] for row in report.candidates if row["ships"]]
+    assert report.check("snr_db").value == pytest.approx(told, abs=1)  # on the NPU, and on the CPU each tensor rounded
+
+
+def test_what_the_npu_does_not_take_in_16_bits_stays_float32() -> None:
+    text = "(float[4,64] x) => (float[4,64] y) { a = MatMul(x, w) b = Erf(a) y = MatMul(b, w) }"
+    target = load_target(TARGET)
+    model, _ = read_model(graph(text, {"w": normal(64, 64) / 8}), opset=target.opset)
+    context = Context(target, Oracle(target), samples_of([{"x": normal(4, 64)}]), Recorder())
+    result = steps.half(model, context)
+    assert ops(result) == ["Cast", "MatMul", "Cast", "Erf", "Cast", "MatMul", "Cast"]
+    (notice,) = [one.message for one in context.recorder.notices if one.code == "kept-f32"]
+    assert f"{PROVIDER} has no f16 Erf: {PROVIDER} doesn't take it: it runs on the CPU" in notice
 
 
 def test_16_bit_activations_are_more_exact(exported: dict[str, tuple[Report, Path]]) -> None:

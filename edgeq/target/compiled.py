@@ -24,6 +24,17 @@ def compiled_verdicts(asked: Question, target: Target) -> tuple[Verdict, ...]:
     return tuple(Verdict("float", verdict.kernel, f"{verdict.kernel} {wrong}") for verdict in verdicts)
 
 
+def owned(asked: Question, target: Target) -> Verdict:
+    """Who runs one node as it is, in whatever arithmetic; kernel "" where not the provider, or wrongly."""
+    node, (placed, wrong) = asked.nodes[0], place(micro_model(asked), target)
+    if isinstance(placed, str):
+        return Verdict("float", "", f"the runtime refuses it: {placed}")
+    owner = placed.provider_of("n0")
+    if owner not in ("", target.provider):
+        return Verdict("float", "", f"{target.provider} doesn't take it: it runs on the CPU", owner)
+    return Verdict("float", "" if wrong else node.op_type, wrong, target.provider)
+
+
 def verdict(node: ir.Node, name: str, placed: Placement, target: Target) -> Verdict:
     """What ``node``, called ``name`` in the model that was placed, became."""
     owner = placed.provider_of(name)

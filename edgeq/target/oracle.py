@@ -12,7 +12,7 @@ import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from dataclasses import astuple, replace
+from dataclasses import astuple
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -20,7 +20,7 @@ from typing import Literal
 import onnx_ir as ir
 
 from edgeq.num.quant import Quant
-from edgeq.target.compiled import compiled_verdicts
+from edgeq.target.compiled import compiled_verdicts, owned
 from edgeq.target.detect import isa_fingerprint
 from edgeq.target.environment import cache_folder
 from edgeq.target.isolated import version_of
@@ -107,12 +107,7 @@ class Oracle:
         the CPU's provider has none of these types and computes it between casts."""
         if holds_graph(node):
             return Verdict("float", node.op_type, "control flow runs in any type", CPU.name)
-        asked = question((node,), set(), self.target)
-        if self.target.provider == CPU.name:
-            return self._kept(asked, "types ", _in_types)[0]
-        verdict = self._kept(asked)[0]
-        refused = verdict.kind == "float" and verdict.provider in ("", CPU.name)
-        return replace(verdict, kernel="") if refused else verdict
+        return self._kept(question((node,), set(), self.target), "types ", _in_types)[0]
 
     def _kept(
         self, asked: Question, what: str = "", ask: Callable[[Question, Target], tuple[Verdict, ...]] | None = None
@@ -146,8 +141,9 @@ def probe(asked: Question, target: Target) -> tuple[Verdict, ...]:
 
 
 def _in_types(asked: Question, target: Target) -> tuple[Verdict, ...]:
-    """Of one node on the CPU."""
     node = asked.nodes[0]
+    if target.provider != CPU.name:
+        return (owned(asked, target),)
     found = optimize(micro_model(asked), target)
     if isinstance(found, str):
         return (Verdict("float", "", f"the runtime refuses it: {found}"),)
