@@ -18,6 +18,9 @@ import pytest
 
 import edgeq
 from edgeq.errors import ModelError
+from edgeq.ir import io, verify
+from edgeq.rewrite.halve import rounded
+from tests.bench import halves
 from tests.bench.peers import quantized
 from tests.zoo import ENTRIES, LARGE, ZOO, filetypes, photos, prose, sentences, speech
 from tests.zoo.packages import cache, data, fetch, float_model, load, source
@@ -218,3 +221,20 @@ def test_sample_runs(sample: Path, tmp_path: Path) -> None:
     assert words in done.stdout
     assert names <= made
     assert sample.stem in MAKES or len(packages) == 1
+
+
+@pytest.mark.parametrize("name", halves.NAMES)
+def test_half_loses_no_more_than_onnxruntimes_converter(name: str, tmp_path: Path) -> None:
+    made = halves.files(name)
+    samples = list(data(ENTRIES[name].evaluation, 4))
+    values = {}
+    for key, model in made.items():
+        io.write(rounded(verify.infer_shapes(model)), tmp_path / f"{key}.onnx")
+        values[key], labels = run(tmp_path / f"{key}.onnx", samples)
+    snr = {key: halves.snr_db(values["float"], found) for key, found in values.items()}
+    assert snr["edgeq"] > max(40, snr["onnxruntime"] - 1)
+    assert halves.wide(verify.infer_shapes(made["edgeq"])) == 0
+    assert halves.casts(made["edgeq"]) <= halves.casts(made["float"]) + 2
+    assert metric_value(ENTRIES[name].metric, values["edgeq"], labels) == pytest.approx(
+        metric_value(ENTRIES[name].metric, values["float"], labels), abs=0.01
+    )
