@@ -1,34 +1,117 @@
-"""Ahead-of-time compilation: one model, a context for each of several devices (L10)."""
+"""Ahead-of-time compilation: one model, a file for each of several devices (L10)."""
 
 from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from edgeq.errors import OutputError, UsageError
+import onnxruntime
+
+from edgeq.errors import ModelError, OutputError, UsageError
 from edgeq.given import model_file
+from edgeq.num.metrics import cosine, max_abs, snr_db
+from edgeq.packaging import read_directory
+from edgeq.run.record import Feed
+from edgeq.run.session import feeds_like, open_session, run_session
 from edgeq.target.context import Compiled, compile_context
+from edgeq.target.detect import elsewhere
 from edgeq.target.load import load_target
+from edgeq.target.ort_format import write_ort
+from edgeq.target.record import Target
+from edgeq.target.rknn import compile_rknn
+
+RUNS = 4  # that a compiled file repeats, where it is compared
 
 
 def compile_for(model: str | Path, targets: Sequence[str], out: str | Path, *, force: bool = False) -> list[Compiled]:
-    """A context of ``model`` (a file or a package) for each of ``targets``, in the folder ``out``: ``TARGET.onnx`` and
-    the binary it names. All of them or, on an error, none. Raises ModelError, TargetError and OutputError."""
+    """A file of ``model`` (a file or a package) for each of ``targets``, in the folder ``out``: ``TARGET`` with the
+    suffix of its kind, and what belongs to it. All of them or, on an error, none. Raises ModelError, TargetError,
+    OutputError, and RuntimeUnavailableError where what compiles isn't here."""
     chosen = [load_target(name) for name in targets]
     if len({target.name for target in chosen}) != len(chosen) or not chosen:
         raise UsageError(f"targets must differ, found {list(targets)}", hint="name each once")
-    source, folder = model_file(Path(model)), Path(out)
-    taken = [target.name for target in chosen if (folder / f"{target.name}.onnx").exists()]
+    compilers = [_compiler(target) for target in chosen]
+    source, folder = Path(model), Path(out)
+    names = [f"{target.name}{suffix}" for target, (suffix, _) in zip(chosen, compilers, strict=True)]
+    taken = [name for name in names if (folder / name).exists()]
     if taken and not force:
-        raise OutputError(f"{folder / taken[0]}.onnx exists", hint="add --force to replace it, or choose another --out")
+        raise OutputError(f"{folder / taken[0]} exists", hint="add --force to replace it, or choose another --out")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".edgeq-", dir=folder) as name:
-            made = [compile_context(source, target, Path(name) / f"{target.name}.onnx") for target in chosen]
-            for path in Path(name).iterdir():
+        with tempfile.TemporaryDirectory(prefix=".edgeq-", dir=folder) as place:
+            made = [
+                compiler(source, target, Path(place) / name)
+                for target, name, (_, compiler) in zip(chosen, names, compilers, strict=True)
+            ]
+            for path in Path(place).iterdir():
                 shutil.move(path, folder / path.name)
     except OSError as error:
         raise OutputError(f"can't write {str(folder)!r}: {error.strerror}", hint="choose another --out") from error
-    return [Compiled(folder / one.path.name, one.made_for, one.nodes) for one in made]
+    return [replace(one, path=folder / one.path.name) for one in made]
+
+
+def _compiler(target: Target) -> tuple[str, Callable[[Path, Target, Path], Compiled]]:
+    if target.provider not in COMPILERS:
+        raise ModelError(
+            f"files for {target.provider} aren't compiled ahead of time", hint=f"targets of {', '.join(COMPILERS)} are"
+        )
+    return COMPILERS[target.provider]
+
+
+def _context(source: Path, target: Target, path: Path) -> Compiled:
+    return compile_context(model_file(source), target, path)
+
+
+def _ort(source: Path, target: Target, path: Path) -> Compiled:
+    if away := elsewhere(target):
+        raise ModelError(
+            f"the runtime's format holds the kernels of this machine: {away}", hint=f"run it on a {target.name}"
+        )
+    model = model_file(source)
+    write_ort(model, target, path)
+    runs, session = _runs(source), open_session(path, provider=target.execution)
+    found = [run_session(session, feed) for feed, _ in runs]
+    return Compiled(path, {"onnxruntime": onnxruntime.__version__}, fidelity=_fidelity(runs, found))
+
+
+def _rknn(source: Path, target: Target, path: Path) -> Compiled:
+    runs = _runs(source)
+    (feed, expected) = runs[0]
+    sdk, found = compile_rknn(model_file(source), target, path, list(feed), list(expected), [feed for feed, _ in runs])
+    return Compiled(path, {"sdk": sdk, **target.options}, fidelity=_fidelity(runs, found))
+
+
+# Provider -> suffix of its files, and what makes one from a model or package.
+COMPILERS: dict[str, tuple[str, Callable[[Path, Target, Path], Compiled]]] = {
+    "QNNExecutionProvider": (".onnx", _context),
+    "RknpuExecutionProvider": (".rknn", _rknn),
+    "CPUExecutionProvider": (".ort", _ort),
+}
+
+
+def _runs(source: Path) -> list[tuple[Feed, Feed]]:
+    """What the CPU computes of a package's golden samples, or of random inputs where there is none."""
+    session = open_session(model_file(source))
+    golden = read_directory(source).variants[0].golden.inputs if source.is_dir() else ()
+    feeds = golden[:RUNS] or [feeds_like(session, seed) for seed in range(RUNS)]
+    return [(dict(feed), run_session(session, feed)) for feed in feeds]
+
+
+def _fidelity(runs: Sequence[tuple[Feed, Feed]], found: Iterable[Feed]) -> dict[str, float]:
+    """The worst of each metric over all outputs that are reals."""
+    pairs = [
+        (array, test[name])
+        for (_, truth), test in zip(runs, found, strict=True)
+        for name, array in truth.items()
+        if array.dtype.kind == "f"
+    ]
+    if not pairs:
+        return {}
+    return {
+        "snr_db": min(float(snr_db(*pair).min()) for pair in pairs),
+        "cosine": min(float(cosine(*pair).min()) for pair in pairs),
+        "max_abs": max(float(max_abs(*pair).max()) for pair in pairs),
+    }

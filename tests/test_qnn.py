@@ -342,11 +342,6 @@ def test_model_that_would_leave_nodes_to_the_cpu_is_not_compiled(tmp_path: Path)
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_targets_that_compile_nothing_ahead_say_so(files: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="files for CPUExecutionProvider aren't compiled ahead of time"):
-        compile_for(files / "net.onnx", ["cpu-x64-vnni"], tmp_path)
-
-
 # --- the forecast ---------------------------------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ Bodies import what they call, so that ``edgeq --help`` loads click and nothing e
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -223,15 +224,26 @@ def bench(models: tuple[str, ...], inputs: tuple[str, ...], quiet: bool, **setti
 def compile_(model: str, targets: tuple[str, ...], out: Path, force: bool) -> Answer:
     """Compile MODEL ahead of time.
 
-    MODEL is a file or package exported for such a target. Each device gets a file of its own, which says what it was
-    compiled for; on another device it is refused.
+    MODEL is a file or package. Each target gets a file of its own: a context for Qualcomm's NPUs, which is refused on
+    another device, .rknn for Rockchip's, compared with the CPU in its simulator, and .ort for ONNX Runtime's minimal
+    builds on CPUs, with the list of kernels these need.
 
     \b
     edgeq compile net.edgeq -t npu-qnn-v75 -t npu-qnn-v79 -o contexts/
+    edgeq compile net.edgeq -t local -o app/assets/
     """
+    from dataclasses import asdict
+
     from edgeq.ahead import compile_for
 
     made = compile_for(model, targets, out, force=force)
-    tree = [{"path": str(one.path), "made_for": dict(one.made_for), "nodes": dict(one.nodes)} for one in made]
-    lines = [f"{one.path}  {', '.join(f'{key} {value}' for key, value in one.made_for.items())}" for one in made]
+    tree = [{**asdict(one), "path": str(one.path)} for one in made]
+    lines = [f"{one.path}  {_told(one.made_for)}" + (f"; beside the CPU: {_told(one.fidelity)}" if one.fidelity else "")
+             for one in made]  # fmt: skip
     return Answer({"compiled": tree}, "\n".join(lines))
+
+
+def _told(facts: Mapping[str, str | float]) -> str:
+    from edgeq.report.rows import number
+
+    return ", ".join(f"{key} {value if isinstance(value, str) else number(value)}" for key, value in facts.items())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnx_ir as ir
@@ -30,11 +30,13 @@ FIELDS: dict[str, dict[str, int]] = {"QNNExecutionProvider": {"sdk": 2, "htp_arc
 
 @dataclass(frozen=True)
 class Compiled:
-    """A context on disk. ``made_for``: what its metadata says, by option, and the ``sdk``. ``nodes``: its op types."""
+    """A compiled file. ``made_for``: what it, or what compiled it, says of the device, and the ``sdk``. ``nodes``: a
+    context's op types. ``fidelity``: metric -> its worst value over outputs and runs, beside the CPU's."""
 
     path: Path
     made_for: Mapping[str, str]
-    nodes: Mapping[str, int]
+    nodes: Mapping[str, int] = field(default_factory=dict)
+    fidelity: Mapping[str, float] = field(default_factory=dict)
 
 
 def compile_context(model: Path, target: Target, path: Path) -> Compiled:
@@ -42,10 +44,6 @@ def compile_context(model: Path, target: Target, path: Path) -> Compiled:
 
     Raises ModelError when the provider refuses it, leaves nodes to the CPU, or compiled for another device."""
     provider = target.execution
-    if provider.name not in FIELDS:
-        raise ModelError(
-            f"files for {provider.name} aren't compiled ahead of time", hint=f"targets of {', '.join(FIELDS)} are"
-        )
     try:
         call(provider, _compile, model, path, provider)
     except RefusedError as error:

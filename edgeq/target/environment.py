@@ -8,6 +8,7 @@ its provider then run that environment's Python with this edgeq.
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,7 +40,7 @@ def python_of(environment: str, packages: Sequence[str], use: str, instead: str 
     what makes it, besides what can be done ``instead``."""
     python = python_in(environment)
     if not python.is_file():
-        made = " && ".join(" ".join(command) for command in commands(environment, packages))
+        made = " && ".join(shlex.join(command) for command in commands(environment, packages))
         raise RuntimeUnavailableError(
             f"{use} needs a Python environment of its own, {environment!r}: there is no {python}",
             hint=f"{instead}, or {made}" if instead else made,

@@ -236,6 +236,7 @@ KEYS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "install": ("a text", _text),
     "environment": ("the name of a Python environment", _text),
     "packages": ("a list of texts, the arguments of a pip install each", _words),
+    "toolkit": ("a text", _text),
     "threads_option": ("the name of a provider option", _text),
     "device_files": ("a list of texts", _words),
     "options": ("a table of texts", _texts),

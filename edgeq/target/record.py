@@ -51,6 +51,7 @@ class Target:
 
     ``isa`` lists the CPU flags it needs, ``a|b`` for either; ``session`` holds ONNX Runtime session config entries.
     ``library``, ``install``, ``environment``, ``packages``, ``threads_option``, ``options``: see ``Provider``;
+    ``toolkit``: what compiles for it, when that is what the environment holds instead of the provider;
     ``device_files``: patterns of files of which Linux has one where the device is, and software stands in where it has
     none. ``choices``: option -> the values it may have -> what each means. ``whole``: a float node costs more than any
     integer one, or leaves the provider. ``static``: takes fixed shapes only. ``emulator``: machines (``x64``) where the
@@ -74,6 +75,7 @@ class Target:
     install: str = ""
     environment: str = ""
     packages: tuple[str, ...] = ()
+    toolkit: str = ""
     threads_option: str = ""
     device_files: tuple[str, ...] = ()
     options: dict[str, str] = field(default_factory=dict)
