@@ -1,31 +1,41 @@
-"""Statistics of a model's tensors over data, and what left the ranges that calibration saw (L10)."""
+"""Statistics of a model's tensors over data, here or where the data lies, and what left calibration's ranges (L10)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
+
 from edgeq.analyse.drift import drift
+from edgeq.analyse.observe import notices_of
 from edgeq.analyse.observe import observe as pass_over
-from edgeq.analyse.statistics import Statistics, taps, unrounded, write
-from edgeq.errors import OutputError
+from edgeq.analyse.statistics import Statistics, on_device, taps, unrounded, write
+from edgeq.analyse.stats import Stats
+from edgeq.devices import facts_of, fitting
+from edgeq.errors import OutputError, UsageError
 from edgeq.facts import environment, samples_facts
 from edgeq.given import pins_of, preprocessing_of, samples_spec
 from edgeq.ir import io
-from edgeq.packaging import read_directory
+from edgeq.packaging import Package, read_directory
 from edgeq.report.progress import Progress
 from edgeq.report.record import Check, Report
 from edgeq.report.recorder import Recorder
+from edgeq.run.device import open_device, registry
 from edgeq.run.samples import load_samples
 from edgeq.source import read_model
 from edgeq.target.load import load_target
+from edgeq.target.record import CPU
 
 
 def observe(
     model: str | Path,
     *,
     calibration: str | None = None,
+    on: str | None = None,
+    data: str | None = None,
     out: str | Path | None = None,
     inputs: Sequence[str] = (),
     limit: int | None = None,
@@ -34,37 +44,66 @@ def observe(
     force: bool = False,
     progress: Progress | None = None,
 ) -> Report:
-    """Statistics of the tensors of ``model`` over the samples; kept in ``out``, without single values.
+    """Statistics of the tensors of ``model`` over the samples; kept in ``out``, without single values. ``on`` a device
+    over what lies there at the path ``data``, which doesn't leave it.
 
     Of a package also which tensors leave the range its calibration saw."""
+    if (on is None) != (data is None) or (on is not None and calibration is not None):
+        raise UsageError("data here is given with -c, data on a device with --on and --data",
+                         hint="edgeq observe MODEL --on DEVICE --data /path/there")  # fmt: skip
     if out is not None and Path(out).exists() and not force:
         raise OutputError(f"{str(out)!r} exists", hint="add --force to replace it, or choose another -o")
-    recorder, package = Recorder(progress), Path(model).is_dir()
-    shipped = read_directory(Path(model)) if package else None
-    if shipped is not None:
-        read, settings = io.read(shipped.model), preprocessing_of(preprocessing, shipped.preprocessing)
+    recorder, told = Recorder(progress), {}  # type: Recorder, dict[str, Any]
+    shipped = read_directory(Path(model)) if Path(model).is_dir() else None
+    read = io.read(shipped.model) if shipped else read_model(model, opset=_opset(), pins=pins_of(inputs))[0]
+    if on is None:
+        settings = preprocessing_of(preprocessing, shipped.preprocessing if shipped else None)
+        spec = samples_spec(calibration, synthetic, "sample", "-c")
+        samples = load_samples(spec, read, limit=limit, preprocessing=settings)
+        with recorder.step("observe", len(samples)) as facts:
+            seen: Mapping[str, Stats] = pass_over(
+                unrounded(read), taps(read), samples, threads=2, progress=recorder.progress
+            )
+            facts.update(tensors=len(seen), samples=len(samples))
+        used = samples_facts(samples)
     else:
-        read, _ = read_model(model, opset=load_target("local").opset, pins=pins_of(inputs))
-        settings = preprocessing_of(preprocessing)
-    spec = samples_spec(calibration, synthetic, "sample", "-c")
-    samples = load_samples(spec, read, limit=limit, preprocessing=settings)
-    with recorder.step("observe", len(samples)) as facts:
-        found = pass_over(unrounded(read), taps(read), samples, threads=2, progress=recorder.progress)
-        facts.update(tensors=len(found), samples=len(samples))
-    recorder.notices.extend(found.notices)
+        seen, used, told = _there(read, Path(model) if shipped else None, on, str(data), limit, recorder)
+    recorder.notices.extend(notice for name, stats in seen.items() for notice in notices_of(name, stats))
     if out is not None:
-        write(Statistics(found, io.digest(read), len(samples), (samples.origin,)), Path(out))
-        recorder.info("written", f"written {out}: statistics of {len(found)} tensors, no single value")
-    rows: tuple[dict[str, Any], ...] = ()
-    if shipped is not None:
-        rows = drift(read, shipped.report.layers, found)
-        if not rows:
-            recorder.warn("no-ranges", "this package keeps no ranges of calibration: it ships in float, or is older")
+        write(Statistics(seen, io.digest(read), used["count"], (used["origin"],)), Path(out))
+        recorder.info("written", f"written {out}: statistics of {len(seen)} tensors, no single value")
+    rows = _drift(shipped, read, seen, recorder) if shipped else ()
     return Report(
         source={"origin": str(model)}, target={}, recipe="observe", steps=tuple(recorder.steps),
-        checks=_checks(rows, len(samples)), drift=rows, notices=tuple(recorder.notices), environment=environment(),
-        samples={"evaluation": samples_facts(samples)},
+        checks=_checks(rows, used["count"]), drift=rows, notices=tuple(recorder.notices),
+        environment=environment() | told, samples={"evaluation": used},
     )  # fmt: skip
+
+
+def _opset() -> int:
+    return load_target("local").opset
+
+
+def _there(
+    model: ir.Model, package: Path | None, on: str, data: str, limit: int | None, recorder: Recorder
+) -> tuple[Mapping[str, Stats], dict[str, Any], dict[str, Any]]:
+    """Statistics over the device's own data; what a report says of the data and of the device."""
+    with ExitStack() as stack:
+        device = stack.enter_context(open_device(registry.address_of(on)))
+        provider = fitting(package, device)[1] if package else CPU
+        with recorder.step("observe") as facts:
+            seen, count = on_device(model, device, provider, data, limit)
+            facts.update(tensors=len(seen), samples=count)
+        return seen, {"origin": f"{on}:{data}", "count": count}, {"device": facts_of(device)}
+
+
+def _drift(
+    package: Package, model: ir.Model, seen: Mapping[str, Stats], recorder: Recorder
+) -> tuple[dict[str, Any], ...]:
+    rows = drift(model, package.report.layers, seen)
+    if not rows:
+        recorder.warn("no-ranges", "this package keeps no ranges of calibration: it ships in float, or is older")
+    return rows
 
 
 def _checks(rows: Sequence[dict[str, Any]], samples: int) -> tuple[Check, ...]:

@@ -15,7 +15,7 @@ from edgeq.analyse.layers import layers
 from edgeq.analyse.observe import observe
 from edgeq.analyse.statistics import Statistics, merged, read, taps, unrounded, write
 from edgeq.cli import main
-from edgeq.errors import OutputError, SampleError
+from edgeq.errors import OutputError, SampleError, UsageError
 from edgeq.ir import io
 from edgeq.packaging import PACKAGES
 from edgeq.report import html
@@ -98,6 +98,67 @@ def test_halves_merged_say_what_the_whole_says(made: Path, tmp_path: Path) -> No
         assert (other.min, other.max, other.count) == (stats.min, stats.max, stats.count)
         assert stats.sample.size == 0, "no single value is in the file"
         np.testing.assert_allclose(other.histogram.edges(), stats.histogram.edges())
+
+
+def same(one: Statistics, other: Statistics) -> None:
+    assert one.tensors.keys() == other.tensors.keys() and one.samples == other.samples
+    for name, stats in one.tensors.items():
+        theirs = other.tensors[name]
+        counted = ("count", "samples", "settled", "shape")
+        assert [getattr(stats, key) for key in counted] == [getattr(theirs, key) for key in counted], name
+        np.testing.assert_allclose([stats.min, stats.max, stats.sum], [theirs.min, theirs.max, theirs.sum], rtol=1e-4)
+        assert (stats.channels is None) == (theirs.channels is None)
+        if stats.channels is not None and theirs.channels is not None:
+            np.testing.assert_allclose(stats.channels.high, theirs.channels.high, rtol=1e-4, atol=1e-5)
+        assert stats.histogram.counts.sum() == theirs.histogram.counts.sum()
+
+
+@pytest.mark.slow
+def test_a_device_counts_what_this_machine_would(made: Path, tmp_path: Path) -> None:
+    """Over its own files, of which no value comes back."""
+    (tmp_path / "own").mkdir()
+    images = small_net.images(24, 2)
+    np.savez(tmp_path / "own/1.npz", image=images[:9], label=np.zeros(9))
+    np.savez(tmp_path / "own/2.npz", image=images[9:])
+    here, there = tmp_path / "here.npz", tmp_path / "there.npz"
+    edgeq.observe(made / "net.edgeq", calibration=str(made / "same.npz"), out=here)
+    report = edgeq.observe(made / "net.edgeq", on="local", data=str(tmp_path / "own"), out=there)
+    same(read(here), read(there))
+    assert report.passed and report.check("drifted_tensors").samples == 24
+    assert report.samples["evaluation"]["origin"] == f"local:{tmp_path / 'own'}"
+    assert report.environment["device"]["address"] == "local"
+    with np.load(there) as file:
+        assert not any(key.endswith((".sample", ".keys")) for key in file.files)
+    few = edgeq.observe(made / "net.onnx", on="local", data=str(tmp_path / "own/1.npz"), limit=4)
+    assert few.samples["evaluation"]["count"] == 4
+
+
+@pytest.mark.slow
+def test_padding_is_left_out_on_a_device_too(tmp_path: Path) -> None:
+    text = """(float[N,S,4] x, int64[N,S] attention_mask) => (float[N,S,4] y) {
+        m = Cast<to=1>(attention_mask) u = Unsqueeze(m, two) h = MatMul(x, w) y = Mul(h, u)
+    }"""
+    model = graph(text, {"w": normal(4, 4), "two": np.array([2])})
+    io.write(model, tmp_path / "net.onnx")
+    masks = (np.arange(6)[None] < np.array([6, 3, 5])[:, None]).astype(np.int64)
+    np.savez(tmp_path / "data.npz", x=normal(3, 6, 4), attention_mask=masks)
+    edgeq.observe(tmp_path / "net.onnx", calibration=str(tmp_path / "data.npz"), out=tmp_path / "here")
+    edgeq.observe(tmp_path / "net.onnx", on="local", data=str(tmp_path / "data.npz"), out=tmp_path / "there")
+    same(read(tmp_path / "here"), read(tmp_path / "there"))
+    assert read(tmp_path / "there").tensors["h"].count == 4 * masks.sum()
+
+
+@pytest.mark.slow
+def test_data_a_device_has_not_is_told(made: Path, tmp_path: Path) -> None:
+    net = made / "net.onnx"
+    with pytest.raises(SampleError, match=r"no \.npz file at /nowhere\n.*an array an input under its name"):
+        edgeq.observe(net, on="local", data="/nowhere")
+    np.savez(tmp_path / "other.npz", picture=np.zeros(3))
+    with pytest.raises(SampleError, match="can't be read as samples: 'image is not a file"):
+        edgeq.observe(net, on="local", data=str(tmp_path))
+    for given in ({"on": "local"}, {"data": "x"}, {"on": "local", "data": "x", "calibration": "y"}):
+        with pytest.raises(UsageError, match="data on a device with --on and --data"):
+            edgeq.observe(net, **given)
 
 
 def test_files_that_are_none_are_refused(made: Path, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from edgeq.analyse.coverage import QDQ
 from edgeq.analyse.saturation import SUM_MAX, pair_bounds
 from edgeq.errors import ModelError
 from edgeq.ir import io, query
-from edgeq.ir.pieces import Pieces, shown, values_of
+from edgeq.ir.pieces import Pieces, chunks, shown, values_of
 from edgeq.num.differences import Difference, differ
 from edgeq.report.record import Divergence
 from edgeq.run.device import Device, measure
@@ -93,7 +93,7 @@ def divergence(
     mine, theirs = Pieces(first, names), Pieces(second, names)
     rows: list[Divergence] = []
     compared = 0
-    for chunk in _chunks(names, _sizes(first, names, feeds[0]), chunk_bytes):
+    for chunk in chunks(names, _sizes(first, names, feeds[0]), chunk_bytes):
         wanted = sorted(set().union(*(pieces.read(name) for pieces in (mine, theirs) for name in chunk)))
         held = _tensors(first, wanted, feeds, provider)
         unsent = {name for name, array in held[0].items() if array.dtype.kind not in SENT}
@@ -128,18 +128,6 @@ def _sizes(model: ir.Model, names: Sequence[str], feed: Feed) -> dict[str, int]:
     shapes = inferred_shapes(model, feed)
     known = {name: 4 * math.prod(shapes[name]) for name in names if name in shapes}
     return {name: known.get(name, max(known.values(), default=0)) for name in names}
-
-
-def _chunks(names: Sequence[str], sizes: Mapping[str, int], most: int) -> Iterator[list[str]]:
-    chunk: list[str] = []
-    held = 0
-    for name in names:
-        if chunk and held + sizes[name] > most:
-            yield chunk
-            chunk, held = [], 0
-        chunk.append(name)
-        held += sizes[name]
-    yield chunk
 
 
 def _tensors(model: ir.Model, names: Sequence[str], feeds: Sequence[Feed], provider: Provider) -> list[Feed]:

@@ -93,7 +93,7 @@ def observe(
             notices.append(Notice("warning", "store", f"statistics can't be kept in {store.folder}"))
     result = Observation({tap: found[tap] if tap in found else ran[tap] for tap in values})
     result.ran, result.reused, result.seconds = ran.ran, len(found), ran.seconds
-    result.notices = (*notices, *(notice for tap, stats in result.items() for notice in _notices(tap, stats)))
+    result.notices = (*notices, *(notice for tap, stats in result.items() for notice in notices_of(tap, stats)))
     return result
 
 
@@ -276,7 +276,7 @@ class _Counter:
         start = time.perf_counter()
         while arrays:
             name, array = arrays.pop()
-            axis, mask = _channel_axis(self.job.values[name], array.ndim), self._mask(name, array, feed)
+            axis, mask = channel_axis(self.job.values[name], array.ndim), self._mask(name, array, feed)
             if mask is not None:
                 array, axis = array[mask], axis if axis == -1 else None
             self.result[name].add(array, index, axis)
@@ -289,20 +289,20 @@ class _Counter:
         mask = feed.get(source)
         if mask is None or array.ndim < mask.ndim or array.shape[: mask.ndim] != mask.shape or name == source:
             return None
-        if masks is None and (mask.dtype.kind == "f" or _fixed(self.job, name, source)):
+        if masks is None and (mask.dtype.kind == "f" or fixed(self.job.model, self.job.values[name], source)):
             return None  # a mask of floats may be one that is added: 0 where a token is
         keep = mask.astype(np.bool_)
         return None if keep.all() else keep
 
 
-def _fixed(job: _Job, name: str, source: str) -> bool:
-    """Whether the tap's second axis is fixed where the mask's is the sequence: equal by accident (heads, channels)."""
-    tap, mask = query.dims(job.values[name]), next((v for v in job.model.graph.inputs if v.name == source), None)
+def fixed(model: ir.Model, tapped: ir.Value, source: str) -> bool:
+    """Whether a tap's second axis is fixed where the mask's is the sequence: equal by accident (heads, channels)."""
+    tap, mask = query.dims(tapped), next((value for value in model.graph.inputs if value.name == source), None)
     sequence = query.dims(mask)
     return bool(tap and sequence and len(tap) > 1 and len(sequence) > 1 and tap[1] is not None and sequence[1] is None)
 
 
-def _channel_axis(value: ir.Value, rank: int) -> int | None:
+def channel_axis(value: ir.Value, rank: int) -> int | None:
     """The axis of channels counted from the end: 1 beside a convolution and of images, else the last."""
     if rank < 2:
         return None
@@ -335,7 +335,8 @@ def _keep(store: Store, keys: Mapping[str, str], observed: Mapping[str, Stats], 
     return kept
 
 
-def _notices(tap: str, stats: Stats) -> Iterator[Notice]:
+def notices_of(tap: str, stats: Stats) -> Iterator[Notice]:
+    """What a report says of one tap."""
     if stats.nan_count:
         text = f"the float model makes {stats.nan_count} NaN in {tap!r}; left out of its range"
         yield Notice("warning", "nan", text, tap)

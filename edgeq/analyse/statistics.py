@@ -7,6 +7,9 @@ the sample of raw values: what leaves the place of the data should tell of value
 from __future__ import annotations
 
 import json
+import math
+import re
+import tempfile
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,11 +19,29 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from edgeq.analyse.observe import VERSION
+from edgeq import num
+from edgeq.analyse import stats as counting
+from edgeq.analyse.cost import inferred_shapes
+from edgeq.analyse.observe import PADDING_MASK, VERSION, channel_axis, fixed
 from edgeq.analyse.stats import Arrays, Stats, merge
-from edgeq.errors import OutputError, SampleError
-from edgeq.ir import query
+from edgeq.errors import OutputError, SampleError, UsageError
+from edgeq.ir import io, query
+from edgeq.ir.pieces import chunks, shown, values_of
+from edgeq.num import histogram
+from edgeq.run.device import Device, measure
+from edgeq.run.session import input_specs, random_feed
+from edgeq.run.timing import TimedConfig
+from edgeq.target.record import Provider
 
+# What counts on a device, by the file names it is imported by there; packages are empty.
+EMPTY = Path(num.__file__)
+COUNTING = {
+    "edgeq/__init__.py": EMPTY, "edgeq/num/__init__.py": EMPTY, "edgeq/analyse/__init__.py": EMPTY,
+    "edgeq/num/histogram.py": Path(histogram.__file__), "edgeq/analyse/stats.py": Path(counting.__file__),
+}  # fmt: skip
+OLDEST_PYTHON = (3, 9)  # what stats.py runs on
+SLICE_BYTES = 64 << 20  # of a sample's tensors that a run on a device gives
+RANKS = 8
 RAW = ("sample", "keys")  # of Stats: single values and what drew them
 
 
@@ -58,6 +79,48 @@ def unrounded(model: ir.Model) -> ir.Model:
             for user, index in list(node.outputs[0].uses()):
                 user.replace_input_with(index, writer.inputs[0])
     return clone
+
+
+def on_device(
+    model: ir.Model, device: Device, provider: Provider, data: str, limit: int | None = None
+) -> tuple[dict[str, Stats], int]:
+    """Statistics of ``taps`` of a model over samples at the path ``data`` of the device, which stay there, and how many
+    samples those were. UsageError for a device that can't count."""
+    version = tuple(int(word) for word in re.findall(r"\d+", device.facts.python)[:2])
+    if version < OLDEST_PYTHON:
+        found = f"Python {device.facts.python}" if device.facts.python else "no Python"
+        raise UsageError(f"{device.address} has {found}, counting needs 3.9 or later", hint="name one: ?python=/path")
+    names, whole = taps(model), unrounded(model)
+    values = {str(value.name): value for value in (*whole.graph.inputs, *values_of(whole).values())}
+    inputs = input_specs(model)
+    fed = {spec.name for spec in inputs}
+    shapes = inferred_shapes(whole, random_feed(inputs))
+    sizes = {name: 4 * math.prod(shapes.get(name, (SLICE_BYTES // 4,))) for name in names}
+    told = [_told(whole, values[name]) for name in names]
+    with tempfile.TemporaryDirectory(prefix="edgeq-") as folder:
+        configs = []
+        for place, chunk in enumerate(chunks([name for name in names if name not in fed], sizes, SLICE_BYTES)):
+            path = Path(folder) / f"slice{place}.onnx"
+            io.write(shown(whole, chunk), path)
+            configs.append(TimedConfig(path.stem, path, provider=provider))
+        rows = [{"name": spec.name, "rank": len(spec.shape), "dtype": spec.dtype.str} for spec in inputs]
+        result = Path(folder) / "statistics"
+        count = measure.observed(
+            device, configs, data, result, COUNTING, module=counting.__name__, taps=told, inputs=rows,
+            mask=PADDING_MASK, raw=list(RAW), limit=limit,
+        )  # fmt: skip
+        with np.load(result, allow_pickle=False) as file:
+            return stats_of({name: file[name] for name in file.files}, names), count
+
+
+def _told(model: ir.Model, value: ir.Value) -> dict[str, Any]:
+    """How a tensor is counted: the axis of its channels by rank, and whether padding is left out."""
+    axes = [channel_axis(value, rank) for rank in range(RANKS)]
+    return {
+        "name": value.name,
+        "axes": axes,
+        "masked": value.name != PADDING_MASK and not fixed(model, value, PADDING_MASK),
+    }
 
 
 def arrays_of(tensors: Mapping[str, Stats]) -> Arrays:

@@ -137,6 +137,10 @@ def sensitivity(model: str, inputs: tuple[str, ...], quiet: bool, **settings: An
 @cli.command(cls=Command, epilog=EPILOG)
 @click.argument("model")
 @click.option("-c", "--calibration", metavar="DATA", help="Samples: .npz, folder, text, or pkg.module:callable.")
+@click.option("--on", metavar="DEVICE", help="Take them on a device, over data that lies there.")
+@click.option(
+    "--data", metavar="PATH", help="The data there: an .npz, or a folder of them. It doesn't leave the device."
+)
 @click.option("-o", "--out", type=PATH, metavar="FILE", help="Keep the statistics here, an .npz.")
 @options.inputs
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Use at most N samples.")
@@ -154,6 +158,7 @@ def observe(model: str, inputs: tuple[str, ...], quiet: bool, **settings: Any) -
     \b
     edgeq observe net.edgeq -c yesterday/
     edgeq observe net.onnx -c photos/ -o stats.npz
+    edgeq observe net.edgeq --on pi --data /home/pi/seen/ -o pi.npz
     """
     from edgeq.observing import observe as run
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -79,6 +79,20 @@ def shown(model: ir.Model, names: Sequence[str]) -> ir.Model:
         values[name].shape = None  # the runtime infers it; a declared one may be wrong for this feed
     edit.drop_dead(clone)
     return clone
+
+
+def chunks(names: Sequence[str], sizes: Mapping[str, int], most: int) -> Iterator[list[str]]:
+    """``names`` in order, as many at a time as have ``most`` bytes together; a larger one alone."""
+    chunk: list[str] = []
+    held = 0
+    for name in names:
+        if chunk and held + sizes[name] > most:
+            yield chunk
+            chunk, held = [], 0
+        chunk.append(name)
+        held += sizes[name]
+    if chunk:
+        yield chunk
 
 
 def _shape(shapes: Sequence[tuple[int, ...]]) -> ir.Shape | None:

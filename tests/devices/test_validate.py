@@ -6,9 +6,11 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import edgeq
+from edgeq.analyse.statistics import read
 from edgeq.cli import main
 from edgeq.packaging import PACKAGES
 from edgeq.report.codec import from_json
@@ -68,6 +70,19 @@ def test_a_board_runs_it_back_to_back(
     assert check.low is not None and check.low <= check.value and "not a device measurement" in check.note
     assert {window["celsius"] for window in report.sustained["windows"]} == {48.25}
     assert "tells no energy: no energy counter is exposed" in "".join(notice.message for notice in report.notices)
+
+
+def test_a_board_tells_how_its_own_data_drifts(
+    made: Path, boards: Boards, at_home: Callable[[Path], None], tmp_path: Path
+) -> None:
+    board = boards("a76")
+    at_home(board.home)
+    np.savez(board.files / "root/seen.npz", image=3 * small_net.images(5, seed=7))
+    found = edgeq.observe(made / "arm.edgeq", on=board.address, data="/root/seen.npz", out=tmp_path / "seen.npz")
+    drifted = {row["tensor"] for row in found.drift if row["drifted"]}
+    assert drifted and not found.passed, "which tensors are quantized is for profiles to say"
+    assert read(tmp_path / "seen.npz").samples == 5
+    assert found.environment["device"]["machine"] == "aarch64"
 
 
 def test_files_for_another_processor_are_refused(

@@ -13,6 +13,7 @@ import errno
 import gc
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
 import platform
@@ -22,6 +23,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple  # noqa: UP035 - used at run time by Python 3.8
 
@@ -323,6 +325,61 @@ def _sustained(job: Tree, _name: str) -> Tree:
     return {"before": before, "windows": windows}
 
 
+def _observe(job: Tree, name: str) -> Tree:
+    """Statistics of tensors over the device's own samples. These stay, and so does every single value: what leaves are
+    sums, extremes and histograms, counted by the module that is sent along."""
+    import numpy
+
+    Stats = importlib.import_module(job["module"]).Stats
+    taps, stats = {tap["name"]: tap for tap in job["taps"]}, {tap["name"]: Stats() for tap in job["taps"]}
+    sessions = [(model, _open(model, job["threads"])) for model in job["models"]]
+    count = 0
+    for feed in itertools.islice(_own_rows(Path(job["data"]), job["inputs"]), job["limit"]):
+        mask = feed.get(job["mask"])
+        for key in stats:
+            if key in feed:
+                _count(stats[key], taps[key], feed[key], mask, count)
+        for model, session in sessions:
+            outputs = [one.name for one in session.get_outputs()]
+            given = {one.name: feed[one.name] for one in session.get_inputs()}
+            for key, array in zip(outputs, _run(session, model, given, outputs)):  # noqa: B905 - as above
+                _count(stats[key], taps[key], array, mask, count)
+        count += 1
+    found = {f"{place}.{key}": array for place, one in enumerate(stats.values())
+             for key, array in one.to_arrays().items() if key not in job["raw"]}  # fmt: skip
+    with Path(f"{name}.out").open("wb") as file:
+        numpy.savez(file, **found)
+    return {"samples": count, "files": {f"{name}.out": _sha256(f"{name}.out")}}
+
+
+def _count(stats: Any, tap: Tree, array: Any, mask: Any, index: int) -> None:
+    """Take a tensor in, what ``mask`` calls padding left out."""
+    axis = tap["axes"][min(array.ndim, len(tap["axes"]) - 1)]
+    fits = tap["masked"] and mask is not None and mask.dtype.kind != "f" and array.shape[: mask.ndim] == mask.shape
+    if fits and not mask.all():
+        array, axis = array[mask.astype(bool)], axis if axis == -1 else None
+    stats.add(array, index, axis)
+
+
+def _own_rows(place: Path, inputs: List[Tree]) -> Any:  # noqa: UP006
+    """A dict of arrays for each sample in the ``.npz`` files at ``place``, one file in memory at a time."""
+    import numpy
+
+    paths = sorted(place.glob("*.npz")) if place.is_dir() else [place] if place.is_file() else []
+    if not paths:
+        raise Failure("data", f"no .npz file at {place}")
+    for path in paths:
+        try:
+            with numpy.load(path, allow_pickle=False) as file:
+                arrays = {one["name"]: file[one["name"]] for one in inputs}
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise Failure("data", f"{path} can't be read as samples: {error}") from error
+        for index in range(len(arrays[inputs[0]["name"]])):
+            rows = {one["name"]: arrays[one["name"]][index : index + 1] for one in inputs}
+            yield {one["name"]: (rows[one["name"]] if rows[one["name"]].ndim == one["rank"] else rows[one["name"]][0])
+                   .astype(one["dtype"]) for one in inputs}  # fmt: skip
+
+
 class _Contender:
     """A model and what has been measured of it so far."""
 
@@ -396,6 +453,7 @@ def _versions(_job: Tree, _name: str) -> Tree:
 
 TASKS = {
     "versions": _versions, "outputs": _outputs, "compare": _compare, "memory": _memory, "sustained": _sustained,
+    "observe": _observe,
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -100,6 +100,21 @@ def sustained(
     return sustained_of(_job(device, "sustained", [config], feeds, threads=threads, seconds=seconds), threads)
 
 
+def observed(
+    device: Device, configs: Sequence[TimedConfig], data: str, path: Path, code: Mapping[str, Path], **settings: Any
+) -> int:
+    """Statistics of the outputs of ``configs`` over samples that lie on the device, as arrays in an ``.npz`` at
+    ``path``; returns how many samples there were. ``code``: what counts there, by the file names it is imported by;
+    ``settings``: what else the agent's task wants to know."""
+    for name, source in code.items():
+        device.push(name, source)
+    result = _job(device, "observe", configs, [], data=data, threads=1, **settings)
+    ((name, digest),) = result["files"].items()
+    device.pull(name, path, digest)
+    device.drop([name])
+    return int(result["samples"])
+
+
 class Clock:
     """``timing.Stopwatch`` of a device; ``states``: what it said of its clocks and heat around each race."""
 

@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from edgeq.errors import DeviceError, EdgeqError, ModelError, RuntimeUnavailableError
+from edgeq.errors import DeviceError, EdgeqError, ModelError, RuntimeUnavailableError, SampleError
 from edgeq.ir import io
 from edgeq.run.device.link import Link, LinkCutError
 from edgeq.run.device.record import Device, Facts
@@ -246,6 +246,10 @@ FAILURES: dict[str, tuple[type[EdgeqError], str]] = {
     "disk": (DeviceError, "free some space there, or name a folder with room: ?folder=/path"),
     "runtime": (RuntimeUnavailableError, "install an onnxruntime that has it on the device"),
     "model": (ModelError, "an opset or op newer than the runtime there needs a newer onnxruntime"),
+    "data": (
+        SampleError,
+        "name an .npz file there, or a folder of them: an array an input under its name, a sample a row",
+    ),
     "run": (ModelError, "run it on this machine: `edgeq validate` without --on"),
 }
 
