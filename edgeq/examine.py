@@ -35,7 +35,7 @@ from edgeq.given import (
     target_of,
 )
 from edgeq.ir import query
-from edgeq.packaging import Variant, check_files, read_directory, verify_package
+from edgeq.packaging import Variant, check_files, read_directory, unpacked, verify_package
 from edgeq.pixels import of_package, taken
 from edgeq.quantizer import Quantizer
 from edgeq.report.progress import Progress
@@ -138,17 +138,19 @@ def validate(
     sustained: float | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Measure a package again: digests and golden runs, then accuracy and latency against ``reference``, by default the
-    model it was made from. ``on``: a device's name or address; without one, on this machine. ``divergence``: also look
-    for the first node that computes otherwise there than here, as is done in any case when golden runs differ.
+    """Measure a package of any form again: digests and golden runs, then accuracy and latency against ``reference``,
+    by default the model it was made from. ``on``: a device's name or address; without one, on this machine.
+    ``divergence``: also look for the first node that computes otherwise there than here, as is done in any case when
+    golden runs differ.
     ``sustained``: also run it back to back for so many seconds.
 
     Raises PackageError when the package is altered, DeviceError when the device fails or can't run it."""
     if divergence and on is None:
         raise UsageError("one model on one machine can't differ", hint="add --on DEVICE")
-    folder, recorder = Path(package), Recorder(progress)
+    recorder = Recorder(progress)
     wanted = Wanted(metric, max_drop, max_latency_ms, min_speedup, max_size_ratio)
     with ExitStack() as stack:
+        folder = stack.enter_context(unpacked(Path(package)))
         device = stack.enter_context(open_device(registry.address_of(on))) if on else None
         with recorder.step("verify"):
             variant, provider, on_device = _verified(folder, device)

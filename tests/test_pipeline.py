@@ -155,25 +155,15 @@ def test_validate_bench_inspect_and_package(
     report = told(capsys, main(["validate", out, *data, "--threads", "1", "--json", "-q"]))
     assert report.check("snr_db").value == pytest.approx(made.check("snr_db").value, abs=0.5)
     assert report.check("top1_drop").value == pytest.approx(made.check("top1_drop").value, abs=1e-6)
-    report = told(
-        capsys,
-        main(
-            [
-                "bench",
-                str(folder / "net.onnx"),
-                out,
-                "--threads",
-                "1",
-                "--repeats",
-                "5",
-                "--input",
-                SHAPE,
-                "--json",
-                "-q",
-            ]
-        ),
-    )
-    assert set(report.latency) == {str(folder / "net.onnx"), out}
+    zipped = str(folder / "net.zip")
+    assert main(["package", out, "--form", "zip", "-o", zipped, "--json"]) == 0
+    capsys.readouterr()
+    report = told(capsys, main(["validate", zipped, *data, "--threads", "1", "--json", "-q"]))
+    assert report.check("top1_drop").value == pytest.approx(made.check("top1_drop").value, abs=1e-6)
+    models = [str(folder / "net.onnx"), out]
+    words = ["--threads", "1", "--repeats", "5", "--input", SHAPE]
+    report = told(capsys, main(["bench", *models, *words, "--json", "-q"]))
+    assert set(report.latency) == set(models)
     report = told(capsys, main(["inspect", str(folder / "net.onnx"), "--input", SHAPE, "--json"]))
     assert report.coverage is not None
     assert report.coverage.integer_macs_share == 1
@@ -185,20 +175,8 @@ def test_validate_bench_inspect_and_package(
 def test_a_limit_that_is_missed_is_status_1(
     exported: tuple[Path, Report], folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    status = main(
-        [
-            "validate",
-            str(exported[0]),
-            "-e",
-            str(folder / "evaluation.npz"),
-            "--threads",
-            "1",
-            "--max-size-ratio",
-            "0.01",
-            "--json",
-            "-q",
-        ]
-    )
+    data, limit = ["-e", str(folder / "evaluation.npz")], ["--max-size-ratio", "0.01"]
+    status = main(["validate", str(exported[0]), *data, *limit, "--threads", "1", "--json", "-q"])
     assert status == 1
     failed = [check.name for check in told(capsys, status).checks if not check.passed]
     assert "size_ratio" in failed
