@@ -105,7 +105,7 @@ def test_pixels_give_what_normalised_pictures_gave(name: str) -> None:
             np.testing.assert_allclose(other, one, rtol=1e-4, atol=1e-4)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     mean=st.lists(st.floats(0, 1), min_size=3, max_size=3), std=st.lists(st.floats(0.1, 2), min_size=3, max_size=3),
     scale=st.sampled_from([1.0, 1 / 255, 1 / 127.5]), pads=st.lists(st.integers(0, 2), min_size=4, max_size=4),
@@ -130,7 +130,7 @@ def test_borders_see_what_they_saw(
 
 
 @given(mean=st.floats(0, 1), std=st.floats(0.05, 4), layout=st.sampled_from(["NCHW", "NHWC"]), seed=st.integers(0, 99))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_samples_come_back_as_the_pixels_they_were(mean: float, std: float, layout: Any, seed: int) -> None:
     how = Preprocessing(mean=(mean,), std=(std,), layout=layout)
     pixels = np.random.default_rng(seed).integers(0, 256, (1, 7, 5, 3), dtype=np.uint8)

@@ -12,16 +12,20 @@ import onnx_ir as ir
 import pytest
 
 import edgeq
+from edgeq import steps
 from edgeq.analyse.taken import placed_on
+from edgeq.context import Context
 from edgeq.errors import RuntimeUnavailableError, UsageError
 from edgeq.ir import io
 from edgeq.report.record import Report
+from edgeq.report.recorder import Recorder
 from edgeq.run.record import Feed
 from edgeq.run.samples import load_samples
 from edgeq.run.session import open_session, run_session
 from edgeq.run.timing import TimedConfig, compare
 from edgeq.source import read_model
 from edgeq.target import isolated, placement
+from edgeq.target.detect import elsewhere
 from edgeq.target.environment import commands, python_for
 from edgeq.target.load import load_target
 from edgeq.target.oracle import Oracle
@@ -29,7 +33,8 @@ from edgeq.target.patterns import table
 from edgeq.target.record import CPU, Target
 from tests import small_net
 from tests.environments import needed
-from tests.graphs import graph
+from tests.graphs import graph, normal, ops
+from tests.placed import samples_of
 from tests.zoo import ZOO
 from tests.zoo.packages import float_model
 
@@ -159,6 +164,23 @@ def test_model_that_webgpu_runs_nothing_of_is_an_error_at_its_first_run(webgpu: 
     session = open_session(graph("(float[1,4] x) => (float[1,4] y) { y = Hardmax(x) }"), provider=webgpu.execution)
     with pytest.raises(RuntimeUnavailableError, match=f"{WEBGPU} took no node"):
         run_session(session, {"x": np.zeros((1, 4), np.float32)})
+
+
+@pytest.mark.slow
+def test_16_bit_floats_are_asked_of_the_adapter(webgpu: Target) -> None:
+    """Software adapters have none, whatever the provider's kernels could do; a GPU has."""
+    weights = {"w": normal(64, 64) / 8}
+    model, _ = read_model(
+        graph("(float[4,64] x) => (float[4,64] y) { a = MatMul(x, w) y = Relu(a) }", weights), opset=webgpu.opset
+    )
+    context = Context(webgpu, Oracle(webgpu), samples_of([{"x": normal(4, 64)}]), Recorder())
+    result = steps.half(model, context, format="f16")
+    if not elsewhere(webgpu):
+        assert ops(result) == ["Cast", "MatMul", "Relu", "Cast"]
+        return
+    assert ops(result) == ["MatMul", "Relu"]
+    told = [one.message for one in context.recorder.notices if one.code == "kept-f32"]
+    assert len(told) == 2 and all("requires f16 but the device does not support it" in one for one in told)
 
 
 @pytest.mark.slow
