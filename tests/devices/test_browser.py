@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -122,6 +126,46 @@ def test_failures_in_a_browser_are_told(tmp_path: Path, net: Net) -> None:
         device._chromium.kill()  # type: ignore[attr-defined]
         with pytest.raises(DeviceError, match="says nothing"):
             list(measure.outputs(device, config, feeds))
+
+
+@pytest.mark.slow
+def test_a_browser_that_a_person_opens_computes_the_same_and_strangers_get_nothing(
+    net: Net, browser: Any, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The person is this test, the phone a Chromium of its own that accepts the certificate as a person would."""
+    config, feeds, _ = net
+    with ThreadPoolExecutor(1) as pool:
+        opening = pool.submit(open_device, "web://wasm?browser=phone")
+        told = ""
+        while "SHA-256" not in told and not opening.done():
+            told += capfd.readouterr().err
+            time.sleep(0.1)
+        (url,) = re.findall(r"https://\S+", told)
+        own = browser.new_context(ignore_https_errors=True)
+        stranger = browser.new_context(ignore_https_errors=True)
+        try:
+            assert stranger.request.get(url.partition("?")[0]).status == 403
+            assert stranger.request.get(f"{url}x").status == 403
+            with pytest.raises(Exception, match="ERR_CERT_AUTHORITY_INVALID"):
+                browser.new_page().goto(url)
+            own.new_page().goto(url)
+            with opening.result(60) as device:
+                assert device.facts.emulator == ""
+                runs = pool.submit(lambda: list(measure.outputs(device, config, feeds)))
+                while not runs.done():
+                    own.pages[0].wait_for_timeout(100)
+                here = open_session(config.path)
+                for (_, found), feed in zip(runs.result(), feeds, strict=True):
+                    ours = run_session(here, feed)
+                    assert max(noise(found[key], ours[key]) for key in ours) == 0
+                own.close()
+                monkeypatch.setattr(web, "LOST_SECONDS", 1.0)
+                with pytest.raises(DeviceError, match="no browser answers at web://wasm"):
+                    list(measure.outputs(device, config, feeds))
+        finally:
+            stranger.close()
+    with pytest.raises(UsageError, match="names no browser: 'lynx'"):
+        open_device("web://wasm?browser=lynx")
 
 
 @pytest.mark.slow

@@ -73,10 +73,10 @@ def _adb(address: str) -> Device:
 
 
 def _web(address: str) -> Device:
-    """A headless Chromium with onnxruntime-web from npm: web://wasm, web://webgpu."""
+    """A browser with onnxruntime-web from npm: web://wasm, web://webgpu."""
     from edgeq.run.device.web import BUILDS, Browser
 
-    options, provider = _options(address, ("build", "ort", "adapter")), urlsplit(address).netloc
+    options, provider = _options(address, ("build", "ort", "adapter", "browser")), urlsplit(address).netloc
     if provider not in BUILDS:
         raise UsageError(f"{address!r} names no provider", hint="write web://wasm or web://webgpu")
     return Browser(address.partition("?")[0], provider, **options)

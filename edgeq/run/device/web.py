@@ -6,33 +6,32 @@ is only started here. It works without a network: the runtime comes from the npm
 
 from __future__ import annotations
 
-import json
 import os
 import queue
+import secrets
 import shutil
 import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Mapping
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 from edgeq.errors import DeviceError, RuntimeUnavailableError, UsageError
 from edgeq.ir import io
+from edgeq.run.device import phone
+from edgeq.run.device.pages import POLL_SECONDS, Handler, Server
 from edgeq.run.device.record import Device, Facts
 from edgeq.run.device.remote import result_of
 from edgeq.target.record import CPU
 
-PAGE = b"<!doctype html><meta charset=utf-8><title>edgeq</title><script type=module src=/browser.mjs></script>"
 BUILDS = {"wasm": "ort.wasm.min.mjs", "webgpu": "ort.webgpu.min.mjs"}
 PROVIDERS = {"wasm": (CPU.name,), "webgpu": ("WebGpuExecutionProvider", CPU.name)}
 JSEP = "ort.all."  # prefix of the build that computes wrong integers on WebGPU (seen with 1.30.0)
 CHROMIUMS = ("chromium", "chromium-browser", "google-chrome")
-START_SECONDS, POLL_SECONDS = 120.0, 5.0
-TYPES = {".mjs": "text/javascript", ".js": "text/javascript", ".wasm": "application/wasm"}
+BROWSERS = ("chromium", "phone")
+START_SECONDS, FIND_SECONDS, LOST_SECONDS = 120.0, 300.0, 900.0  # a phone is found, and lost, by a person
 
 
 def distribution(given: str = "") -> Path:
@@ -48,20 +47,32 @@ def distribution(given: str = "") -> Path:
     return folder
 
 
-class Browser(Device):
-    """``provider`` is ``wasm`` or ``webgpu``, ``adapter`` the GPU Chromium shall take."""
+def _runtime(address: str, provider: str, build: str, ort: str) -> Path:
+    """The folder of onnxruntime-web, which has the build that is asked for."""
+    build = build or BUILDS[provider]
+    if build.startswith(JSEP):
+        raise UsageError(
+            f"{build} is the JSEP build of onnxruntime-web, whose integers are wrong on WebGPU",
+            hint=f"use {BUILDS['webgpu']}, or leave build out",
+        )
+    folder = distribution(ort)
+    if not (folder / build).is_file():
+        raise UsageError(f"{str(folder)!r} has no {build}", hint=f"leave build out in {address} for {BUILDS[provider]}")
+    return folder
 
-    def __init__(self, address: str, provider: str, *, build: str = "", ort: str = "", adapter: str = "") -> None:
+
+class Browser(Device):
+    """``provider`` is ``wasm`` or ``webgpu``, ``adapter`` the GPU Chromium shall take. ``browser``: ``chromium`` is
+    started here; ``phone`` is any browser that a person opens the address with which is told."""
+
+    def __init__(
+        self, address: str, provider: str, *, build: str = "", ort: str = "", adapter: str = "",
+        browser: str = BROWSERS[0],
+    ) -> None:  # fmt: skip
         self.address = address
-        build = build or BUILDS[provider]
-        if build.startswith(JSEP):
-            raise UsageError(
-                f"{build} is the JSEP build of onnxruntime-web, whose integers are wrong on WebGPU",
-                hint=f"use {BUILDS['webgpu']}, or leave build out",
-            )
-        roots = {"ort": distribution(ort)}
-        if not (roots["ort"] / build).is_file():
-            raise UsageError(f"{str(roots['ort'])!r} has no {build}", hint=f"leave build out for {BUILDS[provider]}")
+        roots = {"ort": _runtime(address, provider, build, ort)}
+        if browser not in BROWSERS:
+            raise UsageError(f"{address!r} names no browser: {browser!r}", hint=f"use {' or '.join(BROWSERS)}")
         self._orders: queue.Queue[dict[str, Any]] = queue.Queue()
         self._answers: queue.Queue[dict[str, Any]] = queue.Queue()
         self._jobs = 0
@@ -70,12 +81,19 @@ class Browser(Device):
         self._folder = Path(self._temporary.name)
         (self._folder / "files").mkdir()
         roots["files"] = self._folder / "files"
-        settings = {"build": build, "provider": provider}
-        self._server = _Server(("127.0.0.1", 0), partial(_Handler, self._orders, self._answers, roots, settings))
+        settings = {"build": build or BUILDS[provider], "provider": provider}
+        key, host = secrets.token_urlsafe(16), phone.own_address() if browser == "phone" else "127.0.0.1"
+        self._chromium: subprocess.Popen[bytes] | None = None
+        self._server = Server((host, 0), partial(Handler, self._orders, self._answers, roots, settings, key))
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        page = f"{host}:{self._server.server_address[1]}/?key={key}"
         try:
-            self._chromium = self._started(adapter)
-            self.facts = self._told(self._answer(START_SECONDS), provider)
+            if browser == "phone":
+                self._server.tls, fingerprint = phone.certified(host, self._folder)
+                phone.announce(f"https://{page}", fingerprint)
+            else:
+                self._chromium = self._started(f"http://{page}", adapter)
+            self.facts = self._told(self._answer(START_SECONDS if self._chromium else FIND_SECONDS), provider)
         except BaseException:
             self.close()
             raise
@@ -92,7 +110,7 @@ class Browser(Device):
         self._jobs += 1
         files = {one: self._sent[one] for one in job["files"]}
         self._orders.put({"name": f"job-{self._jobs}", "job": {**job, "files": files}})
-        answer = self._answer(None)
+        answer = self._answer(LOST_SECONDS if self._chromium is None else None)
         if "bug" in answer:
             raise DeviceError(f"{self.address}: {answer['bug']}", hint="the browser's runtime can't take this model")
         return result_of(self.address, answer)
@@ -108,15 +126,14 @@ class Browser(Device):
             (self._folder / "files" / name).unlink(missing_ok=True)
 
     def close(self) -> None:
-        chromium = getattr(self, "_chromium", None)
-        if chromium is not None:
-            chromium.kill()
-            chromium.wait()
+        if self._chromium is not None:
+            self._chromium.kill()
+            self._chromium.wait()
         self._server.shutdown()
         self._server.server_close()
         self._temporary.cleanup()
 
-    def _started(self, adapter: str) -> subprocess.Popen[bytes]:
+    def _started(self, page: str, adapter: str) -> subprocess.Popen[bytes]:
         program = next(filter(None, map(shutil.which, CHROMIUMS)), None)
         if program is None:
             raise RuntimeUnavailableError("no Chromium is installed", hint="install the package chromium")
@@ -124,7 +141,6 @@ class Browser(Device):
                  "--disable-background-networking", "--disable-component-update", "--disable-quic"]  # fmt: skip
         flags += ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []  # root has none
         flags += ["--enable-unsafe-webgpu", f"--use-webgpu-adapter={adapter}"] if adapter else []
-        page = f"http://127.0.0.1:{self._server.server_address[1]}/"
         with (self._folder / "log").open("wb") as log:
             return subprocess.Popen([program, *flags, page], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
@@ -136,7 +152,13 @@ class Browser(Device):
                 return self._answers.get(timeout=POLL_SECONDS)
             except queue.Empty:
                 waited += POLL_SECONDS
-            if self._chromium.poll() is not None or (seconds is not None and waited >= seconds):
+            over = seconds is not None and waited >= seconds
+            if self._chromium is None and over:
+                raise DeviceError(
+                    f"no browser answers at {self.address} for {waited:.0f} s",
+                    hint="open the address that was told, keep its page in front, and the phone on the same network",
+                )
+            if self._chromium is not None and (over or self._chromium.poll() is not None):
                 lines = (self._folder / "log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
                 raise DeviceError(
                     f"the browser of {self.address} says nothing: {' | '.join(lines[-3:]) or 'no message'}",
@@ -153,66 +175,3 @@ class Browser(Device):
         found.pop("isolated")
         emulator = "SwiftShader, a GPU in software" if "swiftshader" in adapter.lower() else ""
         return Facts(**found, board=adapter, providers=PROVIDERS[provider], emulator=emulator, shows_graph=False)
-
-
-class _Server(ThreadingHTTPServer):
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A page that is gone doesn't wait for its answer."""
-        if not isinstance(sys.exception(), ConnectionError):
-            super().handle_error(request, client_address)
-
-
-class _Handler(BaseHTTPRequestHandler):
-    """The page, its files, and jobs out, answers in."""
-
-    def __init__(
-        self, orders: queue.Queue[Any], answers: queue.Queue[Any], roots: Mapping[str, Path],
-        settings: Mapping[str, str], *arguments: Any,
-    ) -> None:  # fmt: skip
-        self.orders, self.answers, self.roots, self.settings = orders, answers, roots, settings
-        super().__init__(*arguments)
-
-    def do_GET(self) -> None:
-        path = self.path.partition("?")[0]
-        if path == "/":
-            self._send(PAGE, "text/html")
-        elif path == "/browser.mjs":
-            self._send((Path(__file__).parent / "browser.mjs").read_bytes(), "text/javascript")
-        elif path == "/settings":
-            self._send(json.dumps(self.settings).encode(), "application/json")
-        elif path == "/job":
-            try:
-                self._send(json.dumps(self.orders.get(timeout=POLL_SECONDS)).encode(), "application/json")
-            except queue.Empty:
-                self._send(b"", "text/plain", 204)
-        else:
-            self._file(path)
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        if self.path.startswith("/made/"):
-            (self.roots["files"] / Path(self.path).name).write_bytes(body)
-        else:
-            self.answers.put(json.loads(body))
-        self._send(b"", "text/plain", 204)
-
-    def _file(self, path: str) -> None:
-        root, _, name = path.strip("/").partition("/")
-        folder = self.roots.get(root)
-        place = (folder / name).resolve() if folder else None
-        if folder is None or place is None or not place.is_relative_to(folder.resolve()) or not place.is_file():
-            self._send(b"", "text/plain", 404)
-        else:
-            self._send(place.read_bytes(), TYPES.get(place.suffix, "application/octet-stream"))
-
-    def _send(self, body: bytes, kind: str, status: int = 200) -> None:
-        self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(body)))
-        self.send_header("Cross-Origin-Opener-Policy", "same-origin")  # threads and precise clocks need isolation
-        self.send_header("Cross-Origin-Embedder-Policy", "require-corp")
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_: Any) -> None:
-        """Nothing: the terminal is the user's."""
