@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from edgeq.analyse.observe import observe
-from edgeq.analyse.stats import Stats
+from edgeq.analyse.statistics import Statistics, alike
+from edgeq.analyse.stats import Stats, merge
 from edgeq.analyse.store import Store
 from edgeq.lower.fuse import fuse
 from edgeq.report.recorder import Recorder
@@ -33,6 +34,7 @@ class Context:
     threads: int = 2
     seed: int = 0
     keep_float: dict[str, str] = field(default_factory=dict)  # node -> why no plan may make it integer
+    elsewhere: tuple[ir.Model, Statistics] | None = None  # the model as read, and statistics of it over other data
 
     def observe(self, model: ir.Model, taps: list[str]) -> dict[str, Stats]:
         """Statistics of ``taps`` over the calibration samples, from the store where they are known."""
@@ -46,7 +48,19 @@ class Context:
                 samples_until_settled=found.settled,
             )  # fmt: skip
         self.recorder.notices.extend(found.notices)
-        return found
+        return found if self.elsewhere is None else self._joined(model, found, *self.elsewhere)
+
+    def _joined(
+        self, model: ir.Model, found: dict[str, Stats], source: ir.Model, other: Statistics
+    ) -> dict[str, Stats]:
+        """Statistics of the samples here and of those elsewhere, of tensors that still are what they were as read."""
+        names = alike(source, model, [name for name in found if name in other.tensors], self.calibration.read(0))
+        self.recorder.info(
+            "statistics",
+            f"{len(names)} of {len(found)} tensors take in what {other.samples} samples of {', '.join(other.origins)} "
+            f"said; what rewrites made is calibrated on the {len(self.calibration)} samples here alone",
+        )
+        return found | {name: merge(found[name], other.tensors[name]) for name in names}
 
     def rewrite(self, step: str, model: ir.Model, run: CheckedRewrite) -> ir.Model:
         """The model after a table of rewrites; what would change results is left out and named."""

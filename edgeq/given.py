@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from edgeq.errors import UsageError, did_you_mean
+from edgeq.analyse.statistics import Statistics, merged
+from edgeq.analyse.statistics import read as read_statistics
+from edgeq.errors import SampleError, UsageError, did_you_mean
 from edgeq.ir import query
 from edgeq.packaging import PACKAGES, read_directory
 from edgeq.report.recorder import Recorder
@@ -65,6 +67,19 @@ def samples_spec(spec: str | None, synthetic: bool, what: str, flag: str) -> str
     if spec.startswith("synthetic:") and not synthetic:
         raise UsageError(f"{what} data {spec!r} is random", hint="add --synthetic if random data is really meant")
     return spec
+
+
+def statistics_of(paths: Sequence[str | Path], digest: str) -> Statistics | None:
+    """Statistics in files of ``edgeq observe``, merged; None without any. SampleError for another model's."""
+    if not paths:
+        return None
+    found = merged([read_statistics(Path(path)) for path in paths])
+    if found.model != digest:
+        raise SampleError(
+            f"the statistics of {', '.join(found.origins)} are of another model",
+            hint="observe the float model that is exported: edgeq observe NET.onnx -o FILE",
+        )
+    return found
 
 
 def preprocessing_of(given: str | Path | None, shipped: Mapping[str, Any] | None = None) -> Preprocessing | Path | None:

@@ -55,7 +55,12 @@ def observe(
         raise OutputError(f"{str(out)!r} exists", hint="add --force to replace it, or choose another -o")
     recorder, told = Recorder(progress), {}  # type: Recorder, dict[str, Any]
     shipped = read_directory(Path(model)) if Path(model).is_dir() else None
-    read = io.read(shipped.model) if shipped else read_model(model, opset=_opset(), pins=pins_of(inputs))[0]
+    if shipped:
+        read = io.read(shipped.model)
+        digest = io.digest(read)
+    else:
+        read, info = read_model(model, opset=load_target("local").opset, pins=pins_of(inputs))
+        digest = info.digest
     if on is None:
         settings = preprocessing_of(preprocessing, shipped.preprocessing if shipped else None)
         spec = samples_spec(calibration, synthetic, "sample", "-c")
@@ -70,7 +75,7 @@ def observe(
         seen, used, told = _there(read, Path(model) if shipped else None, on, str(data), limit, recorder)
     recorder.notices.extend(notice for name, stats in seen.items() for notice in notices_of(name, stats))
     if out is not None:
-        write(Statistics(seen, io.digest(read), used["count"], (used["origin"],)), Path(out))
+        write(Statistics(seen, digest, used["count"], (used["origin"],)), Path(out))
         recorder.info("written", f"written {out}: statistics of {len(seen)} tensors, no single value")
     rows = _drift(shipped, read, seen, recorder) if shipped else ()
     return Report(
@@ -78,10 +83,6 @@ def observe(
         checks=_checks(rows, used["count"]), drift=rows, notices=tuple(recorder.notices),
         environment=environment() | told, samples={"evaluation": used},
     )  # fmt: skip
-
-
-def _opset() -> int:
-    return load_target("local").opset
 
 
 def _there(

@@ -26,6 +26,7 @@ from edgeq.given import (
     read_with_samples,
     samples_settings,
     samples_spec,
+    statistics_of,
     target_of,
 )
 from edgeq.ir import io
@@ -75,6 +76,7 @@ def export(
     recipe: str = recipes.DEFAULT,
     calibration: str | None = None,
     evaluation: str | None = None,
+    statistics: Sequence[str | Path] = (),
     metric: str | None = None,
     max_drop: float | None = None,
     max_latency_ms: float | None = None,
@@ -97,10 +99,10 @@ def export(
     """Make ``model`` small and fast for ``target``, prove it, and write a package to ``out``.
 
     ``calibration`` and ``evaluation`` are what ``run.samples.load_samples`` takes; without the latter a held-out part
-    of the former is used. With ``pixels`` the package takes uint8 pictures: their normalisation goes into the model.
-    Drops are in the metric's own unit (top1: a fraction, .005 is half a point). What ships is
-    what was measured: when no quantized model keeps the limits and beats float, the best float model ships and the
-    report says so. Raises an EdgeqError for what the caller can mend.
+    of the former is used. ``statistics``: files of ``edgeq observe`` that widen what calibration saw. With ``pixels``
+    the package takes uint8 pictures: their normalisation goes into the model. Drops are in the metric's own unit (top1:
+    a fraction, .005 is half a point). What ships is what was measured: when no quantized model keeps the limits and
+    beats float, the best float model ships and the report says so. Raises an EdgeqError for what the caller can mend.
     """
     wanted = Wanted(metric, max_drop, max_latency_ms, min_speedup, max_size_ratio)
     out, recorder = Path(out), Recorder(progress)
@@ -118,9 +120,11 @@ def export(
     if how is not None:
         held_out = as_pixels(held_out, str(picture_of(source).name), how)
         source, calibrate = taken(source, how, calibrate, recorder)
+    more = statistics_of(statistics, info.digest)
     context = Context(
-        chosen_target, Oracle(chosen_target), calibrate, recorder, Store(), max(chosen_target.threads), seed
-    )
+        chosen_target, Oracle(chosen_target), calibrate, recorder, Store(), max(chosen_target.threads), seed,
+        elsewhere=None if more is None else (source, more),
+    )  # fmt: skip
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="edgeq-", ignore_cleanup_errors=True)))
         reference = folder / "reference.onnx"

@@ -13,16 +13,20 @@ import edgeq
 from edgeq.analyse.drift import drift
 from edgeq.analyse.layers import layers
 from edgeq.analyse.observe import observe
-from edgeq.analyse.statistics import Statistics, merged, read, taps, unrounded, write
+from edgeq.analyse.statistics import Statistics, alike, merged, read, taps, unrounded, write
 from edgeq.cli import main
+from edgeq.context import Context
 from edgeq.errors import OutputError, SampleError, UsageError
 from edgeq.ir import io
 from edgeq.packaging import PACKAGES
 from edgeq.report import html
 from edgeq.report.codec import from_json
+from edgeq.report.recorder import Recorder
+from edgeq.source import read_model
+from edgeq.target.load import load_target
 from tests import packaged, small_net
 from tests.graphs import graph, normal
-from tests.placed import placed, samples_of
+from tests.placed import VNNI, oracle_of, placed, samples_of
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +102,45 @@ def test_halves_merged_say_what_the_whole_says(made: Path, tmp_path: Path) -> No
         assert (other.min, other.max, other.count) == (stats.min, stats.max, stats.count)
         assert stats.sample.size == 0, "no single value is in the file"
         np.testing.assert_allclose(other.histogram.edges(), stats.histogram.edges())
+
+
+@pytest.mark.slow
+def test_statistics_from_elsewhere_widen_calibration(made: Path, tmp_path: Path) -> None:
+    """Bright images are seen elsewhere alone: the tensors that rewrites leave alone get ranges that hold them."""
+    net, bright = str(made / "net.onnx"), tmp_path / "bright.stats"
+    edgeq.observe(net, calibration=str(made / "bright.npz"), out=bright)
+    data = {"calibration": str(made / "calibration.npz"), "evaluation": str(made / "evaluation.npz"), "threads": [1]}
+    wide = edgeq.export(net, out=tmp_path / "wide", statistics=[bright], **data)
+    told = next(notice.message for notice in wide.notices if notice.code == "statistics")
+    assert "24 samples of" in told and not told.startswith("0 of")
+    other = graph("(float[1,4] x) => (float[1,4] z) { z = Relu(x) }")
+    io.write(other, tmp_path / "other.onnx")
+    with pytest.raises(SampleError, match="are of another model"):
+        np.savez(tmp_path / "other.npz", x=normal(4, 4))
+        edgeq.export(tmp_path / "other.onnx", out=tmp_path / "o", calibration=str(tmp_path / "other.npz"),
+                     statistics=[bright])  # fmt: skip
+
+
+def test_ranges_are_those_of_both(made: Path, tmp_path: Path) -> None:
+    source, info = read_model(made / "net.onnx", opset=21)
+    bright = Statistics(observe(source, ["s", "e"], samples_of([{"image": 3 * small_net.images(4, 5)}]), threads=1),
+                        info.digest, 1, ("there",))  # fmt: skip
+    recorder, target = Recorder(), load_target(VNNI)
+    feeds = [{"image": small_net.images(4, 6)}]
+    context = Context(target, oracle_of(VNNI), samples_of(feeds), recorder, threads=1, elsewhere=(source, bright))
+    joined, alone = context.observe(source, ["a", "s", "e"]), observe(source, ["a", "s"], samples_of(feeds), threads=1)
+    assert joined["s"].max == max(bright.tensors["s"].max, alone["s"].max) == bright.tensors["s"].max
+    assert joined["s"].count == bright.tensors["s"].count + alone["s"].count
+    assert joined["a"].count == alone["a"].count, "of this one nothing is known from elsewhere"
+    assert "2 of 3 tensors take in what 1 samples of there said" in recorder.notices[-1].message
+
+
+def test_tensors_that_rewrites_moved_are_told_apart() -> None:
+    text = "(float[1,8] x) => (float[1,8] y) { a = MatMul(x, w) b = Relu(a) y = MatMul(b, v) }"
+    w, v, x = normal(8, 8), normal(8, 8), normal(1, 8)
+    model, scaled = graph(text, {"w": w, "v": v}), graph(text, {"w": w / 2, "v": v * 2})
+    assert alike(model, scaled, ["x", "a", "b", "y", "none"], {"x": x}) == ["x", "y"]
+    assert alike(model, model, ["a", "b", "y"], {"x": x}) == ["a", "b", "y"]
 
 
 def same(one: Statistics, other: Statistics) -> None:

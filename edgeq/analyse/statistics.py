@@ -11,7 +11,7 @@ import math
 import re
 import tempfile
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,8 @@ from edgeq.ir import io, query
 from edgeq.ir.pieces import chunks, shown, values_of
 from edgeq.num import histogram
 from edgeq.run.device import Device, measure
-from edgeq.run.session import input_specs, random_feed
+from edgeq.run.record import Array, Feed
+from edgeq.run.session import input_specs, open_session, random_feed, run_session
 from edgeq.run.timing import TimedConfig
 from edgeq.target.record import Provider
 
@@ -42,6 +43,7 @@ COUNTING = {
 OLDEST_PYTHON = (3, 9)  # what stats.py runs on
 SLICE_BYTES = 64 << 20  # of a sample's tensors that a run on a device gives
 RANKS = 8
+ALIKE = 1e-3  # of a tensor's peak: rewrites move values by less, and scales that were moved by more
 RAW = ("sample", "keys")  # of Stats: single values and what drew them
 
 
@@ -121,6 +123,32 @@ def _told(model: ir.Model, value: ir.Value) -> dict[str, Any]:
         "axes": axes,
         "masked": value.name != PADDING_MASK and not fixed(model, value, PADDING_MASK),
     }
+
+
+def alike(first: ir.Model, second: ir.Model, names: Sequence[str], feed: Feed) -> list[str]:
+    """Those of ``names`` whose values are the same in both models, one a rewritten form of the other, for this feed."""
+    known = [
+        {str(value.name) for value in (*model.graph.inputs, *values_of(model).values())} for model in (first, second)
+    ]
+    wanted = [name for name in names if name in known[0] & known[1]]
+    sizes = {name: 4 * math.prod(shape) for name, shape in inferred_shapes(first, feed).items()}
+    found = [name for name in wanted if name in feed]
+    computed = [name for name in wanted if name not in feed]
+    for chunk in chunks(computed, {name: sizes.get(name, SLICE_BYTES) for name in computed}, SLICE_BYTES):
+        one, other = (_values(model, chunk, feed) for model in (first, second))
+        found += [name for name in chunk if _near(one[name], other[name])]
+    return found
+
+
+def _values(model: ir.Model, names: Sequence[str], feed: Feed) -> Feed:
+    session = open_session(shown(model, names), level="basic")
+    inputs = {spec.name for spec in input_specs(session)}
+    return run_session(session, {name: array for name, array in feed.items() if name in inputs}, names)
+
+
+def _near(one: Array, other: Array) -> bool:
+    peak = float(np.abs(one).max(initial=0.0))
+    return one.shape == other.shape and bool(np.allclose(one, other, rtol=0.0, atol=ALIKE * peak))
 
 
 def arrays_of(tensors: Mapping[str, Stats]) -> Arrays:

@@ -36,6 +36,13 @@ if TYPE_CHECKING:
 @options.answers
 @options.inputs
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Use at most N calibration samples.")
+@click.option(
+    "--statistics",
+    type=PATH,
+    multiple=True,
+    metavar="FILE",
+    help="Of edgeq observe: widens what calibration saw; repeat for several.",
+)
 @click.option("--dump", type=PATH, metavar="DIR", help="Keep the model after each step here, with its text.")
 @options.form
 @options.force

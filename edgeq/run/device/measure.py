@@ -108,7 +108,7 @@ def observed(
     ``settings``: what else the agent's task wants to know."""
     for name, source in code.items():
         device.push(name, source)
-    result = _job(device, "observe", configs, [], data=data, threads=1, **settings)
+    result = _job(device, "observe", configs, [], code=list(code), data=data, threads=1, **settings)
     ((name, digest),) = result["files"].items()
     device.pull(name, path, digest)
     device.drop([name])
@@ -132,15 +132,16 @@ class Clock:
 
 
 def _job(
-    device: Device, task: str, configs: Sequence[TimedConfig], feeds: Sequence[Feed], **settings: Any
-) -> dict[str, Any]:
+    device: Device, task: str, configs: Sequence[TimedConfig], feeds: Sequence[Feed], *, code: Sequence[str] = (),
+    **settings: Any,
+) -> dict[str, Any]:  # fmt: skip
     models = [_sent(device, config) for config in configs]
     with tempfile.TemporaryDirectory(prefix="edgeq-", ignore_cleanup_errors=True) as folder:
         path = Path(folder) / "feeds"
         index = tensors.pack(feeds, path)
         name = f"feeds-{io.file_digest(path)[:16]}"
         device.push(name, path)
-    files = [name, *(file for model in models for file in model["files"])]
+    files = [name, *code, *(file for model in models for file in model["files"])]
     result = device.run({"task": task, "models": models, "feeds": {"file": name, "index": index}, "files": files,
                          **settings})  # fmt: skip
     if task == "outputs":  # the next portion is another
