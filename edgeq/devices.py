@@ -138,7 +138,7 @@ def examine(word: str) -> dict[str, str]:
             "address": device.address,
             "machine": " ".join(filter(None, [facts.board, facts.machine, facts.system, f"{facts.cores} cores"])),
             "memory": f"{facts.memory_bytes / 2**30:.1f} GiB, {facts.free_bytes / 2**30:.1f} GiB of disk free",
-            "python": facts.python,
+            "runner": f"{facts.runner} {facts.python}".strip(),
             "runtime": _runtime(device),
             "instructions": ", ".join(facts.isa),
             "governor": facts.governor or "not told",
@@ -160,7 +160,8 @@ def _runtime(device: Device) -> str:
         found = device.run({"task": "versions", "files": []})
     except DeviceError as error:
         return f"PROBLEM: {error.message}"
-    told = f"onnxruntime {found['onnxruntime']}, numpy {found['numpy']}, {', '.join(found['providers'])}"
+    providers, versions = found.pop("providers"), [f"{name} {version}" for name, version in found.items()]
+    told = ", ".join([*versions, *providers])
     if _numbers(found["onnxruntime"]) < _numbers(OLDEST_RUNTIME):
         return f"PROBLEM: {told}; packages need onnxruntime >= {OLDEST_RUNTIME}"
     return told

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -28,11 +31,13 @@ def config(tmp_path: Path) -> TimedConfig:
     return TimedConfig("net", tmp_path / "net.onnx")
 
 
-@pytest.fixture
-def place(tmp_path: Path) -> str:
-    """The address of this machine, working in a folder of its own that must be empty afterwards."""
+@pytest.fixture(params=["python", pytest.param("cpp", marks=pytest.mark.slow)])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The address of this machine, working in a folder of its own that must be empty afterwards, by either runner."""
+    if request.param == "cpp" and shutil.which("g++") is None:
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)("no g++: make browser")
     (tmp_path / "work").mkdir()
-    return f"local?folder={tmp_path / 'work'}"
+    return f"local?folder={tmp_path / 'work'}&runner={request.param}"
 
 
 @pytest.mark.slow
@@ -46,11 +51,15 @@ def test_this_machine_as_a_device(place: str, config: TimedConfig, tmp_path: Pat
         ((_, only),) = measure.outputs(device, config, feeds[:1], ["z"])
         race = measure.compare(device, [config, TimedConfig("other", config.path)], feeds, max_seconds=0.5)
         footprint = measure.measure_memory(device, config, feeds[0])
+        steady = measure.sustained(device, config, feeds, seconds=0.6)
         ((_, traced),) = measure.graph(device, config, feeds[:1], tmp_path / "graph.onnx", ["y"])
         assert device.facts.runtime and not device.facts.emulator and device.facts.cores > 0
+        assert place.endswith(device.facts.runner)
     assert list(only) == ["z"] and list(traced) == ["y"]
     assert ratio(race.timings["other"], race.timings["net"]).low > 0
     assert race.timings["net"].p99_ms >= race.timings["net"].p90_ms >= race.timings["net"].median_ms > 0
+    assert len(steady.windows) == 12 and all(window["p50_ms"] > 0 for window in steady.windows)
+    assert 0.6 <= steady.seconds < 6 and steady.energy.source != "a browser shows no energy"
     assert footprint.peak_bytes > 0 and footprint.load_ms > 0 and footprint.first_ms > 0
     assert [node.op_type for node in io.read(tmp_path / "graph.onnx").graph] == ["MatMul", "Relu"]
     assert list((tmp_path / "work").iterdir()) == []
@@ -82,10 +91,17 @@ def test_failures_are_told_apart(place: str, config: TimedConfig, tmp_path: Path
             list(measure.outputs(device, config, [{"x": np.array(["a"])}]))
 
 
-def test_a_folder_that_vanishes_is_told(place: str, config: TimedConfig, tmp_path: Path) -> None:
-    import shutil
+@pytest.mark.slow
+def test_what_the_cpp_runner_does_not_do_is_told() -> None:
+    with open_device("local?runner=cpp") as device, pytest.raises(RuntimeUnavailableError) as caught:
+        device.run({"task": "observe", "files": []})
+    assert "edgeq-run doesn't do 'observe', Python does" in caught.value.message and "numpy" in caught.value.hint
 
+
+def test_a_folder_that_vanishes_is_told(place: str, config: TimedConfig, tmp_path: Path) -> None:
     with open_device(place) as device:
+        while not list((tmp_path / "work").glob("*/lock")):  # the runner has started, and writes no more
+            time.sleep(0.01)
         shutil.rmtree(tmp_path / "work")
         with pytest.raises(DeviceError, match="is gone"):
             measure.measure_memory(device, config, {"x": normal(1, 64)})
@@ -97,6 +113,9 @@ def test_a_folder_that_vanishes_is_told(place: str, config: TimedConfig, tmp_pat
         ("board", "'board' is no address"),
         ("shh://me@board", "did you mean 'ssh'"),
         ("ssh://", "names no host"),
+        ("adb://", "names no device"),
+        ("local?runner=rust", "runner=python or runner=cpp"),
+        ("local?runner=cpp&library=/none.so", "no library '/none.so'"),
         ("ssh://board:port", "ssh://user@host:port"),
         ("local?fodler=/tmp", "did you mean 'folder'"),
     ],

@@ -177,7 +177,7 @@ def device(words: tuple[str, ...]) -> Answer:
     """Keep devices by name, and look what is wrong with one.
 
     ADDRESS is ssh://user@host[:port], adb://SERIAL or local. Over SSH keys only, and only hosts that ~/.ssh/known_hosts
-    knows. The device needs Python 3.8 or later with numpy and onnxruntime; nothing stays on it.
+    knows. Nothing stays on the device. Without Python there, a C++ program is compiled for it: see docs/devices.md.
 
     \b
     edgeq device add pi ssh://pi@raspberrypi.local

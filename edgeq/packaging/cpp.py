@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from edgeq.packaging.manifest import MANIFEST, SUM
 from edgeq.packaging.project import fill_templates, name_of, project, refuse_text
 from edgeq.packaging.record import Package
+from edgeq.run.device.runners import NATIVE
 
 INNER = "package"
 
@@ -21,6 +23,8 @@ def write_cpp(package: Package, out: Path, *, force: bool = False) -> Path:
     out = out.resolve()
     with project(package, out, "cpp", INNER, force=force) as (folder, manifest):
         fill_templates("cpp", folder, {"NAME": name_of(package)})
+        for source in NATIVE.iterdir():
+            shutil.copyfile(source, folder / source.name)
         text = contents(manifest, folder / INNER)
         (folder / "contents.hpp").write_text(text, encoding="utf-8")
     return out

@@ -128,6 +128,11 @@ def build() -> Path:
     return folder
 
 
+def library() -> Path:
+    """ONNX Runtime's library for the board."""
+    return next(_folder().glob("opt/site/onnxruntime/capi/libonnxruntime.so.*"))
+
+
 def _folder() -> Path:
     """Where the board's files lie; another place for other contents."""
     pins = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.split("==")[0] in WHEELS]

@@ -31,10 +31,9 @@ def test_the_program_answers_on_arm_as_python_does_on_x86(tmp_path: Path) -> Non
     subprocess.run(["cmake", "--build", out / "build"], check=True, capture_output=True)
     pixels = picture()
     Image.fromarray(pixels).save(tmp_path / "one.ppm", "PPM")
-    (library,) = root.glob("opt/site/onnxruntime/capi/libonnxruntime.so.*")
     done = subprocess.run(
         ["qemu-aarch64-static", "-L", root, out / "build" / "net-run", out / "package", tmp_path / "one.ppm"],
-        env={**os.environ, "EDGEQ_ONNXRUNTIME": str(library)}, capture_output=True, text=True, check=False,
+        env={**os.environ, "EDGEQ_ONNXRUNTIME": str(arm64.library())}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     first, *rows = done.stdout.splitlines()

@@ -115,15 +115,28 @@ def test_no_room(board: Board, config: TimedConfig, feeds: list[Feed]) -> None:
     assert "disk" in str(caught.value) and "is full" in str(caught.value) and "?folder=/path" in caught.value.hint
 
 
-def test_no_runtime(tmp_path: Path, boards: Boards, at_home: Callable[[Path], None], config: TimedConfig) -> None:
+def test_no_runtime(
+    tmp_path: Path, boards: Boards, at_home: Callable[[Path], None], config: TimedConfig, feeds: list[Feed], cpp: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Python's lack is told as long as there is no library for the C++ runner, which then stands in."""
     boards("a76")  # skips where none can run
     at_home(tmp_path)
+    cache = os.environ["EDGEQ_CACHE"]
+    monkeypatch.setenv("EDGEQ_CACHE", str(tmp_path / "cache"))
     with arm64.board("a72", tmp_path, environment="NOTHING=1") as bare:
         with open_device(bare.address) as device:
             assert device.facts.machine == "aarch64" and device.facts.missing == ("numpy", "onnxruntime")
             with pytest.raises(RuntimeUnavailableError, match="no numpy and no onnxruntime") as caught:
                 measure.measure_memory(device, config, {"x": normal(1, 512)})
         assert "python3 -m pip install numpy onnxruntime" in caught.value.hint
+        assert "pip download onnxruntime" in caught.value.hint and "manylinux_2_28_aarch64" in caught.value.hint
+        monkeypatch.setenv("EDGEQ_CACHE", cache)
+        with open_device(f"{bare.address}?library={arm64.library()}") as device:
+            assert device.facts.runner == "cpp" and same(device, config, feeds)
+        monkeypatch.setenv("EDGEQ_CACHE", str(tmp_path / "cache"))
+        (bare.files / "usr/bin/python3").unlink()
+        refused(bare.address, "has no python3, and the C++ runner needs ONNX Runtime's library for aarch64")
         assert left(bare) == []
 
 

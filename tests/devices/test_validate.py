@@ -16,6 +16,7 @@ from edgeq.packaging import PACKAGES
 from edgeq.report.codec import from_json
 from edgeq.report.record import Report
 from tests import packaged, small_net
+from tests.devices.adbd import Adbd
 from tests.devices.conftest import Boards
 
 pytestmark = pytest.mark.slow
@@ -83,6 +84,17 @@ def test_a_board_tells_how_its_own_data_drifts(
     assert drifted and not found.passed, "which tensors are quantized is for profiles to say"
     assert read(tmp_path / "seen.npz").samples == 5
     assert found.environment["device"]["machine"] == "aarch64"
+
+
+def test_a_phone_without_python_keeps_it_too(
+    made: Path, phone: Adbd, cpp: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report: Report = from_json(validated(made, capsys, "arm.edgeq", phone.address + cpp))
+    shipped = from_json((made / "arm.edgeq/report.json").read_text())
+    assert report.check("golden").passed, report.check("golden").note
+    assert shipped.coverage is not None
+    assert report.check("integer_kernels").value == shipped.coverage.integer_nodes, report.check("integer_kernels").note
+    assert report.environment["device"]["runner"] == "cpp" and report.check("peak_memory_bytes").value > 0
 
 
 def test_files_for_another_processor_are_refused(

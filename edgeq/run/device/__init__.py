@@ -1,7 +1,8 @@
 """Devices by address: ``local``, ``ssh://user@host[:port]``, ``adb://SERIAL``, ``web://wasm``, ``web://webgpu`` (L4).
 
 Options come behind a question mark: ``?python=/path/to/python3`` names the device's interpreter, ``?folder=/path``
-where its disk has room.
+where its disk has room, ``?runner=`` what does the jobs there (python, cpp), ``?library=/path`` ONNX Runtime's library
+here, which goes along with the C++ runner.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from collections.abc import Callable
 from urllib.parse import parse_qsl, urlsplit
 
 from edgeq.errors import UsageError, did_you_mean
-from edgeq.run.device.link import LocalLink
+from edgeq.run.device.link import Link, LocalLink
 from edgeq.run.device.record import Device, Facts
-from edgeq.run.device.remote import FOLDER, PYTHON, Remote
+from edgeq.run.device.remote import Remote
 
 __all__ = ["DEVICES", "Device", "Facts", "open_device"]
 
@@ -37,39 +38,44 @@ def _options(address: str, known: tuple[str, ...]) -> dict[str, str]:
     return found
 
 
+def _remote(address: str, link: Callable[[str], Link], **usual: str) -> Device:
+    """The machine behind a link to ``address`` without its options; ``usual``: options it has without being told."""
+    options = _options(address, ("python", "folder", "runner", "library"))
+    if options.get("runner", "cpp") not in ("python", "cpp"):
+        raise UsageError(f"{address!r} names a runner that isn't known", hint="runner=python or runner=cpp")
+    if "python" in options or usual.get("python"):
+        options = {"runner": "python", **options}
+    plain = address.partition("?")[0]
+    return Remote(plain, link(plain), **{**usual, **options})
+
+
 def _local(address: str) -> Device:
     """This machine, in processes of their own."""
-    here = {"python": sys.executable, "folder": tempfile.gettempdir()}
-    options = here | _options(address, ("python", "folder"))
-    return Remote(address.partition("?")[0], LocalLink(), python=options["python"], folder=options["folder"])
+    return _remote(address, lambda _: LocalLink(), python=sys.executable, folder=tempfile.gettempdir())
 
 
 def _ssh(address: str) -> Device:
-    """A machine with Python, numpy and onnxruntime over SSH: ssh://user@host[:port]."""
+    """A machine over SSH: ssh://user@host[:port]."""
     from edgeq.run.device.ssh import SshLink
 
-    options, parts = _options(address, ("python", "folder")), urlsplit(address)
+    parts = urlsplit(address)
     try:
         host, port = parts.hostname, parts.port
     except ValueError as error:
         raise UsageError(f"{address!r}: {error}", hint="write ssh://user@host:port") from error
     if not host:
         raise UsageError(f"{address!r} names no host", hint="write ssh://user@host[:port]")
-    plain = address.partition("?")[0]
-    link = SshLink(plain, host, parts.username, port)
-    return Remote(plain, link, python=options.get("python", PYTHON), folder=options.get("folder", FOLDER))
+    return _remote(address, lambda plain: SshLink(plain, host, parts.username, port))
 
 
 def _adb(address: str) -> Device:
     """An Android device as ``adb devices`` lists it, or by its network address: adb://SERIAL, adb://host:port."""
     from edgeq.run.device.adb import FOLDER, AdbLink
 
-    options, serial = _options(address, ("python", "folder")), urlsplit(address).netloc
+    serial = urlsplit(address).netloc
     if not serial:
         raise UsageError(f"{address!r} names no device", hint="write adb://SERIAL, as `adb devices` lists it")
-    plain = address.partition("?")[0]
-    link = AdbLink(plain, serial)
-    return Remote(plain, link, python=options.get("python", PYTHON), folder=options.get("folder", FOLDER))
+    return _remote(address, lambda plain: AdbLink(plain, serial), folder=FOLDER)
 
 
 def _web(address: str) -> Device:

@@ -50,7 +50,7 @@ class AdbLink:
         told = self._connect() if self._remote else ""
         found = self._adb("-s", self._serial, "get-state")
         error = found.error.lower()
-        if "unauthorized" in error:
+        if "unauthorized" in error or "authenticate" in told:
             raise DeviceError(
                 f"{self._address} doesn't know this machine's key: it is unauthorized",
                 hint="unlock its screen and allow USB debugging from this computer; if it doesn't ask, adb kill-server",

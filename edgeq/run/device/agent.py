@@ -447,7 +447,7 @@ def _versions(_job: Tree, _name: str) -> Tree:
     onnxruntime = _runtime()
     import numpy
 
-    return {"numpy": numpy.__version__, "onnxruntime": onnxruntime.__version__,
+    return {"onnxruntime": onnxruntime.__version__, "numpy": numpy.__version__,
             "providers": onnxruntime.get_available_providers()}  # fmt: skip
 
 

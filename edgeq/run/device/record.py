@@ -16,7 +16,7 @@ class Facts:
 
     ``emulator`` says what interprets its instructions or draws for its GPU; "" on a device. Where it is set, no time
     measured there says anything about a device. ``providers``: those a session can be opened on; ``shows_graph``:
-    whether its runtime tells what it made of a model.
+    whether its runtime tells what it made of a model; ``runner``: what did the jobs there: python, cpp or browser.
     """
 
     machine: str
@@ -35,6 +35,7 @@ class Facts:
     emulator: str = ""
     providers: tuple[str, ...] = ("CPUExecutionProvider",)
     shows_graph: bool = True
+    runner: str = "python"
 
 
 class Device(ABC):

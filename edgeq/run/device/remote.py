@@ -1,7 +1,7 @@
-"""A machine with Python and a shell as a Device: ``agent.py`` goes there and does the jobs (L4).
+"""A machine with a shell as a Device: a runner goes there and does the jobs (L4); ``runners`` has what there is.
 
-The agent runs detached from the link instead of at its end: a measurement goes on while the link is cut, and is fetched
-when it is back. Two things hold for the device whatever happens here: nothing of ours stays (the agent removes its
+It runs detached from the link instead of at its end: a measurement goes on while the link is cut, and is fetched when
+it is back. Two things hold for the device whatever happens here: nothing of ours stays (the runner removes its
 folder when it is told to, or when nobody has come for ``LEASE_SECONDS``), and nothing runs unchecked (each job compares
 the digests of the files it uses).
 """
@@ -19,34 +19,40 @@ from typing import Any, TypeVar
 
 from edgeq.errors import DeviceError, EdgeqError, ModelError, RuntimeUnavailableError, SampleError
 from edgeq.ir import io
+from edgeq.run.device import runners
 from edgeq.run.device.link import Link, LinkCutError
 from edgeq.run.device.record import Device, Facts
+from edgeq.run.device.runners import Runner
 
-AGENT = Path(__file__).parent / "agent.py"
 PYTHON, FOLDER = "python3", "/var/tmp"
 LEASE_SECONDS = 600.0
 PATIENCE_SECONDS = 60.0  # how long a cut link is tried again
 FIRST_LOOK, LAST_LOOK = 0.05, 1.0  # seconds between looks at whether a job is done: looking disturbs a small device
-KEEPER_EVERY = 15.0  # seconds between looks at whether the agent still lives
+KEEPER_EVERY = 15.0  # seconds between looks at whether the runner still lives
 RESTARTS = 2
 
 T = TypeVar("T")
 
 
 class Remote(Device):
-    """``python`` is the device's interpreter, ``folder`` where there is room for files."""
+    """``python`` is the device's interpreter, ``folder`` where there is room for files; ``runner`` is python or cpp,
+    "" for what can be had; ``library`` is ONNX Runtime's for the C++ runner, "" for one that is found."""
 
-    def __init__(self, address: str, link: Link, *, python: str = PYTHON, folder: str = FOLDER) -> None:
+    def __init__(
+        self, address: str, link: Link, *, python: str = PYTHON, folder: str = FOLDER, runner: str = "",
+        library: str = "",
+    ) -> None:  # fmt: skip
         self.address = address
         self._link, self._python = link, python
+        self._runner: Runner | None = None  # the one that was started
+        self._otherwise = ""
         self._lease, self._patience = LEASE_SECONDS, PATIENCE_SECONDS
         self._sent: dict[str, str] = {}  # name -> sha256
         self._jobs = 0
         self._folder = self._made(folder)
         try:
-            self._put("agent.py", AGENT)
-            self.facts = self._asked()
-            self._keep()
+            self._runner, self.facts = self._chosen(runner, library)
+            self._keep(self._runner)
         except BaseException:
             self.close()
             raise
@@ -58,17 +64,18 @@ class Remote(Device):
             self._sent[name] = digest
 
     def run(self, job: Mapping[str, Any]) -> dict[str, Any]:
+        assert self._runner
         if not self.facts.runtime:
             raise RuntimeUnavailableError(
                 f"{self.address} can run no model: its {self._python} has no {' and no '.join(self.facts.missing)}",
                 hint=f"install it there: {self._python} -m pip install numpy onnxruntime; or name a Python that has "
-                f"it: {self.address}?python=/path/to/python3",
+                f"it: {self.address}?python=/path/to/python3{self._otherwise}",
             )
         self._jobs += 1
         name = f"job-{self._jobs}"
         with tempfile.TemporaryDirectory(prefix="edgeq-") as folder:
             order, answer = Path(folder) / "order", Path(folder) / "answer"
-            files = {one: self._sent[one] for one in job["files"]}
+            files = {one: self._sent[one] for one in (*self._runner.files, *job["files"])}
             order.write_text(json.dumps({**job, "files": files}), encoding="utf-8")
             self._put(f"{name}.json", order)
             self._wait(name)
@@ -90,12 +97,12 @@ class Remote(Device):
         self._steady(lambda: self._link.execute(f"rm -f -- {words}"))
 
     def close(self) -> None:
-        """Remove all that is ours. On a device that can't be reached its agent does so by itself, after the lease."""
+        """Remove all that is ours. On a device that can't be reached its runner does so by itself, after the lease."""
         self._patience = min(self._patience, 5.0)
         with suppress(DeviceError, FileNotFoundError):
             self._steady(lambda: self._link.touch(self._at("stop")))
             end = time.monotonic() + 2.0
-            while self._steady(lambda: self._link.exists(self._folder)) and time.monotonic() < end:
+            while self._runner and self._steady(lambda: self._link.exists(self._folder)) and time.monotonic() < end:
                 time.sleep(FIRST_LOOK)
             self._steady(lambda: self._link.execute(f"rm -rf -- {shlex.quote(self._folder)}"))
         self._link.close()
@@ -116,23 +123,53 @@ class Remote(Device):
             )
         return done.out.strip()
 
-    def _asked(self) -> Facts:
-        """Facts from the agent, which also tells whether there is a Python."""
-        command = f"{shlex.quote(self._python)} {shlex.quote(self._at('agent.py'))} facts"
-        done = self._steady(lambda: self._link.execute(command))
+    def _chosen(self, wanted: str, library: str) -> tuple[Runner, Facts]:
+        """The runner and what it says. Python's where the device has one that can run models, else the C++ one."""
+        if wanted == "cpp":
+            return self._compiled(library)
+        agent, facts, refused = runners.python(self._python), None, None
+        try:
+            facts = self._asked(agent)
+        except DeviceError as error:
+            refused = error
+        if facts and (wanted or not facts.missing):
+            return agent, facts
+        if refused and wanted:
+            raise refused
+        try:
+            return self._compiled(library)
+        except EdgeqError as error:
+            if refused:
+                message = f"{refused.message}, and {error.message}"
+                raise DeviceError(message, hint=f"{refused.hint}; or {error.hint}") from error
+            assert facts
+            self._otherwise = f"; or let the C++ runner do it: {error.message}, {error.hint}"
+            return agent, facts
+
+    def _compiled(self, library: str) -> tuple[Runner, Facts]:
+        told = self._steady(lambda: self._link.execute("uname -m; test -x /system/bin/linker64 && echo android"))
+        machine, *android = told.out.split()
+        runner = runners.cpp(machine, android=bool(android), library=library)
+        return runner, self._asked(runner)
+
+    def _asked(self, runner: Runner) -> Facts:
+        """Send a runner, and let it tell what the device is. DeviceError when it doesn't start there."""
+        for name, path in runner.files.items():
+            self.push(name, path)
+        names, program = " ".join(runner.files), runner.line.partition(" ")[0]
+        line = f"cd {shlex.quote(self._folder)} && chmod 700 {names} && {runner.line} facts"
+        done = self._steady(lambda: self._link.execute(line))
         if done.status in (126, 127):
-            raise DeviceError(
-                f"{self.address} has no {self._python}",
-                hint=f"install Python 3.8 or later with numpy and onnxruntime there, or name one: "
-                f"{self.address}?python=/path/to/python3",
+            why = (
+                f"has no {self._python}" if runner.name == "python" else f"doesn't start {program}: {_last(done.error)}"
             )
+            raise DeviceError(f"{self.address} {why}", hint=runner.lacking)
         if done.status:
-            raise DeviceError(
-                f"{self._python} on {self.address} fails: {_last(done.error)}", hint="it must be Python 3.8 or later"
-            )
+            hint = "it must be Python 3.8 or later" if runner.name == "python" else runner.lacking
+            raise DeviceError(f"{program} on {self.address} fails: {_last(done.error)}", hint=hint)
         found = json.loads(done.out.splitlines()[-1])
         tuples = {key: tuple(value) for key, value in found.items() if isinstance(value, list)}
-        return Facts(**{**found, **tuples})
+        return Facts(**{**found, **tuples, "runner": runner.name})
 
     def _put(self, name: str, path: Path) -> None:
         inside = name.rpartition("/")[0]
@@ -179,8 +216,8 @@ class Remote(Device):
         while True:
             try:
                 self._link.reconnect()
-                if self._sent or self._jobs:
-                    self._keep()
+                if self._runner:
+                    self._keep(self._runner)
                 return
             except LinkCutError as error:
                 if time.monotonic() > end:
@@ -191,18 +228,18 @@ class Remote(Device):
                 time.sleep(pause)
                 pause = min(pause * 2, 5.0)
 
-    # --- the agent ---
+    # --- the runner ---
 
-    def _keep(self) -> None:
-        """Start the agent, which ends at once where one runs already."""
-        agent, folder, log = (shlex.quote(self._at(name)) for name in ("agent.py", "", "keep.log"))
-        words = f"{shlex.quote(self._python)} {agent} keep {folder} {self._lease}"
-        done = self._link.execute(f"test -f {agent} && ({words} </dev/null >>{log} 2>&1 &)")
+    def _keep(self, runner: Runner) -> None:
+        """Start the runner, which ends at once where one runs already."""
+        place = shlex.quote(self._folder)
+        words = f"{runner.line} keep {place} {self._lease}"
+        done = self._link.execute(f"cd {place} && ({words} </dev/null >>keep.log 2>&1 &)")
         if done.status:
             raise self._gone()
 
     def _wait(self, name: str) -> None:
-        """Until the job is done. An agent that died is started again, and does the job anew."""
+        """Until the job is done. A runner that died is started again, and does the job anew."""
         pause, looked, restarts = FIRST_LOOK, time.monotonic(), 0
         while not self._steady(lambda: self._link.exists(self._at(f"{name}.done"))):
             try:
@@ -214,17 +251,17 @@ class Remote(Device):
                 restarts += not self._kept()
             if restarts > RESTARTS:
                 raise DeviceError(
-                    f"the agent on {self.address} ended {restarts} times", hint="it may be out of memory there"
+                    f"the runner on {self.address} ended {restarts} times", hint="it may be out of memory there"
                 )
             time.sleep(pause)
             pause = min(pause * 1.3, LAST_LOOK)
 
     def _kept(self) -> bool:
-        """Whether the agent lives; else it is started again."""
+        """Whether the runner lives; else it is started again."""
         lock = shlex.quote(self._at("lock"))
         alive = self._steady(lambda: self._link.execute(f"kill -0 $(cat {lock})")).status == 0
-        if not alive:
-            self._steady(self._keep)
+        if not alive and (runner := self._runner):
+            self._steady(lambda: self._keep(runner))
         return alive
 
     def _result(self, task: str, told: Mapping[str, Any]) -> dict[str, Any]:
@@ -240,11 +277,12 @@ class Remote(Device):
         return result_of(self.address, told["result"])
 
 
-# What the agent calls a failure -> the error it is here, and what to try.
+# What a runner calls a failure -> the error it is here, and what to try.
 FAILURES: dict[str, tuple[type[EdgeqError], str]] = {
     "altered": (DeviceError, "something changes files on the device or on the way: check its disk, then run it again"),
     "disk": (DeviceError, "free some space there, or name a folder with room: ?folder=/path"),
     "runtime": (RuntimeUnavailableError, "install an onnxruntime that has it on the device"),
+    "python": (RuntimeUnavailableError, "install Python 3.8 or later with numpy and onnxruntime on the device"),
     "model": (ModelError, "an opset or op newer than the runtime there needs a newer onnxruntime"),
     "data": (
         SampleError,

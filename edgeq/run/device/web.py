@@ -174,4 +174,5 @@ class Browser(Device):
             )
         found.pop("isolated")
         emulator = "SwiftShader, a GPU in software" if "swiftshader" in adapter.lower() else ""
-        return Facts(**found, board=adapter, providers=PROVIDERS[provider], emulator=emulator, shows_graph=False)
+        return Facts(**found, board=adapter, providers=PROVIDERS[provider], emulator=emulator, shows_graph=False,
+                     runner="browser")  # fmt: skip

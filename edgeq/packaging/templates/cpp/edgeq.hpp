@@ -13,17 +13,13 @@
 #include <string>
 #include <vector>
 
+#include "tensor.hpp"
+
 namespace edgeq {
 
 struct Picture {  // RGB, a byte a channel, rows from the top
   int height = 0, width = 0;
   std::vector<uint8_t> pixels;
-};
-
-struct Tensor {
-  std::string type;  // "float32", "int64", … as in the manifest
-  std::vector<int64_t> shape;
-  std::vector<uint8_t> bytes;
 };
 
 struct Answer {
@@ -51,6 +47,5 @@ class Model {
 
 Tensor preprocess(const Picture& picture);
 std::vector<Answer> postprocess(const Tensor& scores);
-std::string sha256(const uint8_t* data, size_t size);
 
 }  // namespace edgeq

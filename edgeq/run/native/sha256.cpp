@@ -3,7 +3,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "edgeq.hpp"
+#include "tensor.hpp"
 
 namespace edgeq {
 namespace {

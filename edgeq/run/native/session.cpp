@@ -26,6 +26,8 @@ const Type& type_where(Match match, const std::string& what) {
 
 // Values that are released whatever happens.
 struct Values {
+  explicit Values(const Runtime& of, size_t count = 0) : runtime(of), all(count) {}
+  Values(Values&&) = default;
   const Runtime& runtime;
   std::vector<void*> all;
   ~Values() {
@@ -57,39 +59,55 @@ Tensor copied(const Runtime& runtime, void* value) {
 }  // namespace
 
 Session::Session(std::shared_ptr<const Runtime> runtime, const std::filesystem::path& model, int threads,
-                 const std::vector<std::pair<const char*, const char*>>& config)
+                 const std::vector<std::pair<std::string, std::string>>& config,
+                 const std::function<void(void* options)>& more)
     : runtime_(std::move(runtime)) {
   void* options = nullptr;
   runtime_->check(runtime_->call<void*>(Runtime::kCreateSessionOptions, &options));
   std::shared_ptr<void> held(options, [&](void* one) { runtime_->call<void>(Runtime::kReleaseSessionOptions, one); });
   runtime_->check(runtime_->call<void*>(Runtime::kSetIntraOpNumThreads, options, threads));
   for (auto& [key, value] : config)
-    runtime_->check(runtime_->call<void*>(Runtime::kAddSessionConfigEntry, options, key, value));
+    runtime_->check(runtime_->call<void*>(Runtime::kAddSessionConfigEntry, options, key.c_str(), value.c_str()));
+  if (more) more(options);
   runtime_->check(runtime_->call<void*>(Runtime::kCreateSession, runtime_->env, model.c_str(), options, &session_));
 }
 
 Session::~Session() { runtime_->call<void>(Runtime::kReleaseSession, session_); }
 
-std::map<std::string, Tensor> Session::run(const std::map<std::string, Tensor>& inputs,
-                                           const std::vector<const char*>& outputs) const {
-  Values given{*runtime_, {}}, made{*runtime_, std::vector<void*>(outputs.size())};
+namespace {
+
+Values computed(const Runtime& runtime, void* session, const std::map<std::string, Tensor>& inputs,
+                const std::vector<const char*>& outputs) {
+  Values given(runtime), made(runtime, outputs.size());
   std::vector<const char*> names;
   for (auto& [name, tensor] : inputs) {
     const std::string& word = tensor.type;
     const Type& type = type_where([&](const Type& row) { return row.name == word; }, word);
     void* value = nullptr;
     auto data = static_cast<void*>(const_cast<uint8_t*>(tensor.bytes.data()));
-    runtime_->check(runtime_->call<void*>(Runtime::kCreateTensorWithData, runtime_->memory, data, tensor.bytes.size(),
-                                          tensor.shape.data(), tensor.shape.size(), type.number, &value));
+    runtime.check(runtime.call<void*>(Runtime::kCreateTensorWithData, runtime.memory, data, tensor.bytes.size(),
+                                      tensor.shape.data(), tensor.shape.size(), type.number, &value));
     names.push_back(name.c_str());
     given.all.push_back(value);
   }
   void* no_options = nullptr;
-  runtime_->check(runtime_->call<void*>(Runtime::kRun, session_, no_options, names.data(), given.all.data(),
-                                        names.size(), outputs.data(), outputs.size(), made.all.data()));
+  runtime.check(runtime.call<void*>(Runtime::kRun, session, no_options, names.data(), given.all.data(), names.size(),
+                                    outputs.data(), outputs.size(), made.all.data()));
+  return made;
+}
+
+}  // namespace
+
+std::map<std::string, Tensor> Session::run(const std::map<std::string, Tensor>& inputs,
+                                           const std::vector<const char*>& outputs) const {
+  Values made = computed(*runtime_, session_, inputs, outputs);
   std::map<std::string, Tensor> found;
   for (size_t i = 0; i < outputs.size(); i++) found[outputs[i]] = copied(*runtime_, made.all[i]);
   return found;
+}
+
+void Session::lap(const std::map<std::string, Tensor>& inputs, const std::vector<const char*>& outputs) const {
+  computed(*runtime_, session_, inputs, outputs);
 }
 
 }  // namespace edgeq

@@ -9,25 +9,29 @@
 #endif
 #include <cstdlib>
 #include <filesystem>
+#include <functional>
 #include <map>
 #include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "edgeq.hpp"
+#include "tensor.hpp"
 
 namespace edgeq {
 
 struct Runtime {
   enum Slot {
     kGetErrorMessage = 2, kCreateEnv = 3, kCreateSession = 7, kRun = 9, kCreateSessionOptions = 10,
-    kSetIntraOpNumThreads = 24, kCreateTensorWithData = 49, kGetTensorData = 51, kGetElementType = 60,
-    kGetDimensionsCount = 61, kGetDimensions = 62, kGetTypeAndShape = 65, kCreateCpuMemoryInfo = 69, kReleaseEnv = 92,
-    kReleaseStatus = 93, kReleaseMemoryInfo = 94, kReleaseSession = 95, kReleaseValue = 96,
-    kReleaseTypeAndShape = 99, kReleaseSessionOptions = 100, kAddSessionConfigEntry = 130,
+    kSetOptimizedModelPath = 11, kSetIntraOpNumThreads = 24, kGetInputCount = 30, kGetOutputCount = 31,
+    kGetInputName = 36, kGetOutputName = 37, kCreateTensorWithData = 49, kGetTensorData = 51, kGetElementType = 60,
+    kGetDimensionsCount = 61, kGetDimensions = 62, kGetTypeAndShape = 65, kCreateCpuMemoryInfo = 69,
+    kFreeByAllocator = 76, kGetDefaultAllocator = 78, kReleaseEnv = 92, kReleaseStatus = 93, kReleaseMemoryInfo = 94,
+    kReleaseSession = 95, kReleaseValue = 96, kReleaseTypeAndShape = 99, kReleaseSessionOptions = 100,
+    kCreateEnvWithPool = 119, kUsePoolOfEnv = 120, kCreatePoolOptions = 121, kReleasePoolOptions = 122,
+    kAddSessionConfigEntry = 130, kSetPoolThreads = 147,
   };
-  static constexpr uint32_t kVersion = 11;  // of the table; any that has kAddSessionConfigEntry
+  static constexpr uint32_t kVersion = 11;  // of the table; any that has kSetPoolThreads
   static constexpr int kWarning = 2, kError = 3, kArena = 1, kDefaultMemory = 0;
 
   struct Base {
@@ -35,7 +39,8 @@ struct Runtime {
     const char* (*version)();
   };
 
-  Runtime() {
+  // `open` makes the environment; without it sessions have pools of their own.
+  explicit Runtime(const std::function<void(Runtime&)>& open = {}) {
     const char* given = std::getenv("EDGEQ_ONNXRUNTIME");
 #if defined(_WIN32)
     std::string name = given ? given : "onnxruntime.dll";
@@ -57,7 +62,10 @@ struct Runtime {
     version = base()->version();
     table = base()->table(kVersion);
     if (!table) throw std::runtime_error("ONNX Runtime " + version + " is too old");
-    check(call<void*>(kCreateEnv, kError, "edgeq", &env));
+    if (open)
+      open(*this);
+    else
+      check(call<void*>(kCreateEnv, kError, "edgeq", &env));
     check(call<void*>(kCreateCpuMemoryInfo, kArena, kDefaultMemory, &memory));
   }
   ~Runtime() {
@@ -86,15 +94,19 @@ struct Runtime {
 
 class Session {
  public:
+  // `more` sets what else the options (OrtSessionOptions*) shall hold.
   Session(std::shared_ptr<const Runtime> runtime, const std::filesystem::path& model, int threads,
-          const std::vector<std::pair<const char*, const char*>>& config);
+          const std::vector<std::pair<std::string, std::string>>& config,
+          const std::function<void(void* options)>& more = {});
   ~Session();
   Session(const Session&) = delete;
 
   std::map<std::string, Tensor> run(const std::map<std::string, Tensor>& inputs,
                                     const std::vector<const char*>& outputs) const;
+  // The same for a clock: what it computes is thrown away.
+  void lap(const std::map<std::string, Tensor>& inputs, const std::vector<const char*>& outputs) const;
 
- private:
+ protected:
   std::shared_ptr<const Runtime> runtime_;
   void* session_ = nullptr;
 };

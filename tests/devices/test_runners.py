@@ -1,0 +1,54 @@
+"""Real models on one emulated device, by both runners and over both links: what they compute, and what comes back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgeq.run.device import measure, open_device
+from edgeq.run.record import Feed
+from edgeq.run.session import open_session, run_session
+from edgeq.run.timing import TimedConfig
+from edgeq.target.load import load_target
+from edgeq.target.record import Provider
+from tests.devices.adbd import Adbd
+from tests.devices.models import noise, zoo
+
+ARM = Provider(session=load_target("cpu-arm64").session)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[TimedConfig, list[Feed], Path]]:
+    """Three small ones, made before a test moves to another home."""
+    return {name: zoo(name, "cpu-arm64", tmp_path_factory.mktemp(name)) for name in ("OCRcls", "BFf", "MAGIKA")}
+
+
+@pytest.mark.zoo
+def test_both_runners_compute_the_same_over_ssh_and_adb(
+    models: dict[str, tuple[TimedConfig, list[Feed], Path]], phone: Adbd, cpp: str
+) -> None:
+    """To the bit on the device, whose runtime is one; to x86-64 the difference must stay below what quantization
+    itself does, as in test_cores."""
+    found: dict[str, list[Feed]] = {}
+    for address, runner in (
+        (phone.board.address, "python"),
+        (phone.board.address + cpp, "cpp"),
+        (phone.address + cpp, "cpp"),
+    ):
+        with open_device(address) as device:
+            assert device.facts.runner == runner
+            for name, (config, samples, _) in models.items():
+                made = [outputs for _, outputs in measure.outputs(device, config, samples)]
+                assert all(
+                    np.array_equal(one[key], other[key], equal_nan=True)
+                    for one, other in zip(made, found.setdefault(name, made), strict=True)
+                    for key in one.keys() | other.keys()
+                ), (name, address)
+    for name, (config, samples, reference) in models.items():
+        here, exact = open_session(config.path, provider=ARM), open_session(reference)
+        for sample, outputs in zip(samples, found[name], strict=True):
+            ours, truth = run_session(here, sample), run_session(exact, sample)
+            for key, array in outputs.items():
+                assert noise(array, ours[key]) <= max(noise(ours[key], truth[key]), 1e-3), (name, key)
