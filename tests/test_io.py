@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.parser
 import onnx_ir as ir
 import onnxruntime
 import pytest
@@ -16,6 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgeq.errors import ModelError, OutputError
 from edgeq.ir import edit, io, query, verify
+from edgeq.run.session import open_session, run_session
 
 W = np.arange(1200, dtype=np.float32).reshape(4, 300)
 
@@ -117,9 +119,38 @@ def sparse_constant(folder: Path) -> Path:
     return path
 
 
+HEAD = '<ir_version: 9, opset_import: ["" : 17]> net (float[4] x) => (float[4] y)'
+
+
+def circular(folder: Path) -> Path:
+    path = folder / "circle.onnx"
+    onnx.save(onnx.parser.parse_model(f"{HEAD} {{ a = Add(x, b) b = Abs(a) y = Relu(b) }}"), path)
+    return path
+
+
+def test_nodes_in_any_order_are_put_in_one_that_runs(tmp_path):
+    """Converters append what they add at the end; ONNX Runtime doesn't mind."""
+    proto = onnx.parser.parse_model(f"{HEAD} {{ a = Abs(x) b = Neg(a) c = Add(a, b) y = Exp(c) }}")
+    path = tmp_path / "shuffled.onnx"
+    sorted_names = [node.op_type for node in proto.graph.node]
+    for order in ([3, 2, 1, 0], [1, 3, 0, 2]):
+        shuffled = onnx.ModelProto.FromString(proto.SerializeToString())
+        nodes = list(shuffled.graph.node)
+        del shuffled.graph.node[:]
+        shuffled.graph.node.extend(nodes[index] for index in order)
+        onnx.save(shuffled, path)
+        read = io.read(path)
+        assert [node.op_type for node in read.graph] == sorted_names
+        feed = {"x": np.arange(4, dtype=np.float32)}
+        np.testing.assert_array_equal(
+            run_session(open_session(read), feed)["y"], run_session(open_session(path), feed)["y"]
+        )
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
+        (circular, ("circle.onnx", "wait for each other", "export it again")),
         (missing, ("no model file", "none.onnx", "pkg.module:callable")),
         (truncated, ("cut.onnx", "not a complete ONNX file", "copy it again")),
         (empty, ("empty.onnx", "holds no graph")),

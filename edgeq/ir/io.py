@@ -40,12 +40,24 @@ def read(path: str | Path) -> ir.Model:
         raise ModelError(
             f"{str(path)!r} is not a valid ONNX model: {_root(error)}", hint="run onnx.checker on it"
         ) from error
+    _sort(model, path)
     ir.external_data.set_base_dir(model.graph, path.parent)
     for graph in model.graphs():
         for value in graph.initializers.values():
             if isinstance(value.const_value, ir.ExternalTensor):
                 _check_external(value.const_value, path)
     return model
+
+
+def _sort(model: ir.Model, path: Path) -> None:
+    """Put nodes behind what they read, as ONNX asks: converters forget to, and the runtime doesn't mind."""
+    for graph in (model.graph, *model.functions.values()):
+        try:
+            graph.sort()  # leaves what is in order as it is, bodies too
+        except ValueError as error:
+            raise ModelError(
+                f"{str(path)!r} has nodes that wait for each other: {_root(error)}", hint="export it again"
+            ) from error
 
 
 def _root(error: BaseException) -> BaseException:
