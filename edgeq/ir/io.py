@@ -51,7 +51,8 @@ def read(path: str | Path) -> ir.Model:
 
 def _sort(model: ir.Model, path: Path) -> None:
     """Put nodes behind what they read, as ONNX asks: converters forget to, and the runtime doesn't mind."""
-    for graph in (model.graph, *model.functions.values()):
+    graphs: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    for graph in graphs:
         try:
             graph.sort()  # leaves what is in order as it is, bodies too
         except ValueError as error:
