@@ -76,7 +76,8 @@ def kept_up(
     counts its energy, ``joules_per_run``. That it throttles, or tells no energy, is noted."""
     config = TimedConfig("artifact", model, provider=provider)
     found = measure.sustained(device, config, feeds, threads=threads, seconds=seconds)
-    words = [f"p50 {found.early_ms:.4g} → {found.late_ms:.4g} ms in {found.seconds:.0f} s, {threads} threads"]
+    pool = f"{threads} thread{'s' if threads > 1 else ''}"
+    words = [f"p50 {found.early_ms:.4g} → {found.late_ms:.4g} ms in {found.seconds:.0f} s, {pool}"]
     for name, unit in (("mhz", "MHz"), ("celsius", "°C")):
         told = [window[name] for window in found.windows if name in window]
         words += [f"{told[0]:.0f} → {told[-1]:.0f} {unit}"] if told else []

@@ -334,7 +334,7 @@ def _observe(job: Tree, name: str) -> Tree:
     taps, stats = {tap["name"]: tap for tap in job["taps"]}, {tap["name"]: Stats() for tap in job["taps"]}
     sessions = [(model, _open(model, job["threads"])) for model in job["models"]]
     count = 0
-    for feed in itertools.islice(_own_rows(Path(job["data"]), job["inputs"]), job["limit"]):
+    for feed in itertools.islice(_own_rows(Path(job["data"]).expanduser(), job["inputs"]), job["limit"]):
         mask = feed.get(job["mask"])
         for key in stats:
             if key in feed:
@@ -374,10 +374,14 @@ def _own_rows(place: Path, inputs: List[Tree]) -> Any:  # noqa: UP006
                 arrays = {one["name"]: file[one["name"]] for one in inputs}
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise Failure("data", f"{path} can't be read as samples: {error}") from error
-        for index in range(len(arrays[inputs[0]["name"]])):
-            rows = {one["name"]: arrays[one["name"]][index : index + 1] for one in inputs}
-            yield {one["name"]: (rows[one["name"]] if rows[one["name"]].ndim == one["rank"] else rows[one["name"]][0])
-                   .astype(one["dtype"]) for one in inputs}  # fmt: skip
+        for index in range(min(len(array) for array in arrays.values())):
+            yield {one["name"]: _row(arrays[one["name"]], index, one) for one in inputs}
+
+
+def _row(array: Any, index: int, one: Tree) -> Any:
+    """A sample as an input takes it: its axis is the batch's, or stands before it."""
+    row = array[index : index + 1]
+    return (row if row.ndim == one["rank"] else row[0]).astype(one["dtype"])
 
 
 class _Contender:
