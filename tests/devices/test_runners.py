@@ -40,7 +40,7 @@ def test_both_runners_compute_the_same_over_ssh_and_adb(
         with open_device(address) as device:
             assert device.facts.runner == runner
             for name, (config, samples, _) in models.items():
-                made = [outputs for _, outputs in measure.outputs(device, config, samples)]
+                made = [outputs for _, outputs in measure.outputs(device, config, samples[:1])]
                 assert all(
                     np.array_equal(one[key], other[key], equal_nan=True)
                     for one, other in zip(made, found.setdefault(name, made), strict=True)
@@ -48,7 +48,6 @@ def test_both_runners_compute_the_same_over_ssh_and_adb(
                 ), (name, address)
     for name, (config, samples, reference) in models.items():
         here, exact = open_session(config.path, provider=ARM), open_session(reference)
-        for sample, outputs in zip(samples, found[name], strict=True):
-            ours, truth = run_session(here, sample), run_session(exact, sample)
-            for key, array in outputs.items():
-                assert noise(array, ours[key]) <= max(noise(ours[key], truth[key]), 1e-3), (name, key)
+        ours, truth = run_session(here, samples[0]), run_session(exact, samples[0])
+        for key, array in found[name][0].items():
+            assert noise(array, ours[key]) <= max(noise(ours[key], truth[key]), 1e-3), (name, key)

@@ -12,16 +12,15 @@ class Wire:
     ``fuse``, a number of bytes towards the board, cuts it by itself for a second once that many have passed."""
 
     def __init__(self, port: int, fuse: int | None = None) -> None:
-        self._to, self._fuse, self._open = port, fuse, threading.Event()
+        self._to, self._fuse = port, fuse
         self._sockets: list[socket.socket] = []
-        self._server = socket.create_server(("127.0.0.1", 0))
-        self.port = int(self._server.getsockname()[1])
-        self.sent = 0
-        self._open.set()
-        threading.Thread(target=self._accept, daemon=True).start()
+        self.port = self.sent = 0
+        self.mend()
 
     def cut(self) -> None:
-        self._open.clear()
+        with suppress(OSError):  # cut already
+            self._server.shutdown(socket.SHUT_RDWR)  # closing alone doesn't wake who waits
+        self._server.close()
         while self._sockets:
             one = self._sockets.pop()
             with suppress(OSError):
@@ -29,21 +28,19 @@ class Wire:
             one.close()
 
     def mend(self) -> None:
-        self._open.set()
+        self._server = socket.create_server(("127.0.0.1", self.port))
+        self.port = int(self._server.getsockname()[1])
+        threading.Thread(target=self._accept, args=[self._server], daemon=True).start()
 
     def close(self) -> None:
         self.cut()
-        self._server.close()
 
-    def _accept(self) -> None:
+    def _accept(self, server: socket.socket) -> None:
         while True:
             try:
-                near, _ = self._server.accept()
+                near, _ = server.accept()
             except OSError:  # closed
                 return
-            if not self._open.is_set():
-                near.close()
-                continue
             far = socket.create_connection(("127.0.0.1", self._to))
             self._sockets += [near, far]
             threading.Thread(target=self._relay, args=(near, far, True), daemon=True).start()
