@@ -24,6 +24,7 @@ from edgeq.run.device import phone
 from edgeq.run.device.pages import POLL_SECONDS, Handler, Server
 from edgeq.run.device.record import Device, Facts
 from edgeq.run.device.remote import result_of
+from edgeq.target.environment import cache_folder
 from edgeq.target.record import CPU
 
 BUILDS = {"wasm": "ort.wasm.min.mjs", "webgpu": "ort.webgpu.min.mjs"}
@@ -36,13 +37,12 @@ START_SECONDS, FIND_SECONDS, LOST_SECONDS = 120.0, 300.0, 900.0  # a phone is fo
 
 def distribution(given: str = "") -> Path:
     """The folder ``dist`` of onnxruntime-web: as given, in ``EDGEQ_ORT_WEB``, else in edgeq's cache."""
-    cache = Path(os.environ.get("EDGEQ_CACHE") or Path.home() / ".cache/edgeq")
-    place = Path(given or os.environ.get("EDGEQ_ORT_WEB") or cache / "web/node_modules/onnxruntime-web")
+    place = Path(given or os.environ.get("EDGEQ_ORT_WEB") or cache_folder() / "web/node_modules/onnxruntime-web")
     folder = place if (place / BUILDS["wasm"]).is_file() else place / "dist"
     if not (folder / BUILDS["wasm"]).is_file():
         raise RuntimeUnavailableError(
             f"onnxruntime-web isn't in {str(place)!r}",
-            hint=f"npm install --prefix {cache / 'web'} onnxruntime-web, or name its folder in EDGEQ_ORT_WEB",
+            hint=f"npm install --prefix {cache_folder() / 'web'} onnxruntime-web, or name its folder in EDGEQ_ORT_WEB",
         )
     return folder
 
