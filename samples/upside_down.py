@@ -1,4 +1,4 @@
-"""What samples 04 to 06 share: a small classifier, pictures for it, and the export into a package.
+"""What samples from 04 on share: a small classifier, pictures for it, and the export into a package.
 
 The model is PP-OCR's text direction classifier as rapidocr ships it: is a line of text upright or upside down?
 """

@@ -205,6 +205,8 @@ MAKES = {  # what a sample says and makes; those not here export one package and
     "04_web_page": ("npm start", {"web"}),
     "05_cpp_program": ("it was up", {"net.edgeq", "cpp"}),
     "06_signed_update": ("% of the package", {"team.pem.pub", "new.delta", "installed.edgeq"}),
+    "07_on_a_device": ("sustained_ratio", {"net.edgeq"}),
+    "08_phone_projects": ("required_operators.config", {"net.edgeq", "android", "ios"}),
 }
 
 
