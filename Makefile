@@ -26,8 +26,8 @@ check: lint  ## before each commit: no real models, under 90 s on 2 cores
 	$(BIN)/pytest $(BOTH)
 
 check-all: check qemu devices browser zoo npu  ## the zoo tests run the samples too
-	$(BIN)/pytest -m slow --durations 8 $(BOTH) --ignore tests/devices
-	$(BIN)/pytest -m slow --durations 8 tests/devices
+	$(BIN)/pytest -m 'slow and not zoo' --durations 8 $(BOTH) --ignore tests/devices
+	$(BIN)/pytest -m 'slow and not zoo' --durations 8 tests/devices
 
 lint: venv
 	$(BIN)/ruff check .
@@ -60,7 +60,8 @@ browser:  ## Chromium, npm, CMake and Kotlin for tests of pages and packages; in
 
 zoo: venv
 	$(BIN)/python -m tests.zoo fetch
-	$(BIN)/pytest -m zoo --durations 12
+	$(BIN)/pytest -m zoo --durations 12 tests/test_zoo.py tests/devices
+	$(BIN)/pytest -m zoo --durations 8 $(BOTH) --ignore tests/test_zoo.py --ignore tests/devices
 
 npu: venv  ## Qualcomm's NPU; on x86-64 Linux its plug-in is an emulator. In CI (CI=true) these tests fail without it
 	@if [ "$$(uname -sm)" = "Linux x86_64" ]; then $(INSTALL) --editable '.[qnn]'; else echo "no emulator for $$(uname -sm)"; fi
