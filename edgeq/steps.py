@@ -36,6 +36,7 @@ from edgeq.rewrite.canonicalize import canonicalize as canonicalize_model
 from edgeq.rewrite.equalize import equalize as equalize_model
 from edgeq.rewrite.smooth import smooth as smooth_model
 from edgeq.rewrite.weights import store_weights, ways_of
+from edgeq.run.record import Samples
 from edgeq.run.samples import split, take
 from edgeq.target.oracle import Oracle
 
@@ -72,8 +73,7 @@ def equalize(model: ir.Model, context: Context) -> ir.Model:
     found = equalizing.pairs(model)
     if not found or len(context.calibration) < 2:
         return model
-    learnt, held = split(context.calibration, fraction=HELD, seed=context.seed)
-    probe = Probe(model, take(held, HELD_SAMPLES), context.target, context.threads)
+    learnt, probe = _taught_and_judged(model, context)
     with context.recorder.step("equalize", len(learnt)) as facts:
         if context.target.weights.block == TENSOR:
             chosen = equalizing.by_weights(model, found)
@@ -98,8 +98,7 @@ def absorb(model: ir.Model, context: Context) -> ir.Model:
     found = absorbing.movable(model)
     if not found or len(context.calibration) < 2:
         return model
-    learnt, held = split(context.calibration, fraction=HELD, seed=context.seed)
-    probe = Probe(model, take(held, HELD_SAMPLES), context.target, context.threads)
+    learnt, probe = _taught_and_judged(model, context)
     with context.recorder.step("absorb", len(learnt)) as facts:
         stats = observe(model, list(found), learnt, threads=context.threads, progress=context.recorder.progress)
         shifts = absorbing.search(model, found, stats)
@@ -109,6 +108,12 @@ def absorb(model: ir.Model, context: Context) -> ir.Model:
             result = absorb_model(model, shifts)
         facts["tensors"] = len(shifts)
     return result if shifts and _quieter(model, result, probe, context, facts) else model
+
+
+def _taught_and_judged(model: ir.Model, context: Context) -> tuple[Samples, Probe]:
+    """The calibration samples that teach, and a probe of the float model on others."""
+    learnt, held = split(context.calibration, fraction=HELD, seed=context.seed)
+    return learnt, Probe(model, take(held, HELD_SAMPLES), context.target, context.threads)
 
 
 def _quieter(model: ir.Model, result: ir.Model, probe: Probe, context: Context, facts: dict[str, Any]) -> bool:
