@@ -129,6 +129,15 @@ def test_simulated_doubt_is_raced_again_longer(
     assert ratios["slow"][0].value == 1.2
 
 
+def test_a_repair_that_changes_nothing_is_not_judged_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settling, "_counts", lambda noise: [1, 1, 2])
+    found, _, seen = settled(tmp_path, monkeypatch, lambda convs: False)
+    names = [str(row["name"]) for row in found.trials]
+    assert any("1 most sensitive" in name for name in names)
+    assert any("2 most sensitive" in name for name in names)
+    assert len(names) == len(set(names)) == len(seen) + 1, "the float file is not judged here"
+
+
 def test_repair_gives_back_the_culprit_and_keeps_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A judge that accepts files only with the last convolution in float, whose noise nothing dampens."""
     found, _, seen = settled(tmp_path, monkeypatch, lambda convs: "Conv_node_6" in convs)

@@ -281,13 +281,17 @@ def _repairs(draft: Draft, judge: Judge, context: Context, folder: Path) -> Iter
             if refined.accurate or refined.plan is None:
                 return
             noise = quantizer.sensitivity(refined.plan)
-    ranked = _ranked(noise, quantizer)
+    ranked, before = _ranked(noise, quantizer), frozenset[str]()
     for count in _counts([value for _, value in ranked]):
         reasons = {name: f"quantized alone it leaves {decibel(value):.1f} dB of SNR" for name, value in ranked[:count]}
         name = f"{draft.name}, {len(reasons)} most sensitive kept float"
         tried = _draft(name, quantizer, context, folder, {**kept, **reasons})
         if tried is None:
             return
+        integer = frozenset(tried.plan.integer) if tried.plan is not None else frozenset()
+        if integer == before:  # what is given up was float already, between others that were: the same file
+            continue
+        before = integer
         tried = _judged(tried, judge, context)
         yield tried
         if tried.accurate:
