@@ -5,6 +5,7 @@ Renderables instead of printing: the caller owns the console, its width and its 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -49,6 +50,19 @@ def _table(*headers: str, right: tuple[str, ...] = ()) -> Table:
     for header in headers:
         table.add_column(header, justify="right" if header in right else "left", overflow="fold")
     return table
+
+
+def _filled(found: Sequence[Mapping[str, Any]], numeric: Sequence[str]) -> Table:
+    """A table of rows that all have the same keys."""
+    table = _table(*found[0], right=tuple(numeric))
+    for row in found:
+        table.add_row(*(rows.number(row[name]) if name in numeric else escape(row[name]) for name in row))
+    return table
+
+
+def _first(found: Sequence[Mapping[str, Any]], numeric: Sequence[str], more: int) -> Group:
+    """The first rows of a table, and how many ``more`` there are."""
+    return Group(_filled(found, numeric), *([Text(f"… and {more} more", style="dim")] if more else []))
 
 
 def _checks(report: Report) -> Table | None:
@@ -117,10 +131,7 @@ def _advice(report: Report) -> list[Table | Text]:
     if not found:
         return []
     numeric = tuple(name for name in found[0] if any(isinstance(row[name], int | float) for row in found))
-    table = _table(*found[0], right=numeric)
-    for row in found:
-        table.add_row(*(rows.number(row[name]) if name in numeric else escape(row[name]) for name in row))
-    return [table, *(text for row in rows.advice_rows(report) for text in _sentence(row))]
+    return [_filled(found, numeric), *(text for row in rows.advice_rows(report) for text in _sentence(row))]
 
 
 def _sentence(row: dict[str, Any]) -> tuple[Text, Text]:
@@ -134,11 +145,7 @@ def _sensitivity(report: Report) -> Group | None:
     if not found:
         return None
     numeric = tuple(name for name in found[0] if name not in ("sensitive", "op", "why"))
-    table = _table(*found[0], right=numeric)
-    for row in found:
-        table.add_row(*(rows.number(row[name]) if name in numeric else escape(row[name]) for name in row))
-    more = len(report.sensitivity) - len(found)
-    return Group(table, *([Text(f"… and {more} more", style="dim")] if more else []))
+    return _first(found, numeric, len(report.sensitivity) - len(found))
 
 
 def _divergence(report: Report) -> Group | None:
@@ -146,11 +153,7 @@ def _divergence(report: Report) -> Group | None:
     if not found:
         return None
     numeric = ("largest", "share %")
-    table = _table(*found[0], right=numeric)
-    for row in found:
-        table.add_row(*(rows.number(row[name]) if name in numeric else escape(row[name]) for name in row))
-    more = sum(row.cause != "rounding" for row in report.divergence) - len(found)
-    return Group(table, *([Text(f"… and {more} more", style="dim")] if more else []))
+    return _first(found, numeric, sum(row.cause != "rounding" for row in report.divergence) - len(found))
 
 
 def _drift(report: Report) -> Group | None:
@@ -158,11 +161,7 @@ def _drift(report: Report) -> Group | None:
     if not found:
         return None
     numeric = ("outside %", "range used %")
-    table = _table(*found[0], right=numeric)
-    for row in found:
-        table.add_row(*(rows.number(row[name]) if name in numeric else escape(row[name]) for name in row))
-    more = sum(row["drifted"] for row in report.drift) - len(found)
-    return Group(table, *([Text(f"… and {more} more", style="dim")] if more else []))
+    return _first(found, numeric, sum(row["drifted"] for row in report.drift) - len(found))
 
 
 def _notices(report: Report) -> list[Text]:
