@@ -56,6 +56,7 @@ from edgeq.run.session import open_session, run_session
 from edgeq.run.timing import TimedConfig
 from edgeq.search.settle import Draft, Settled, settle
 from edgeq.source import SourceInfo
+from edgeq.target import kernels
 from edgeq.target.detect import elsewhere
 from edgeq.target.oracle import Oracle
 from edgeq.target.record import CPU, Provider, Target
@@ -148,7 +149,10 @@ def export(
             _dump(Path(dump), source, prepared, settled)
         words = {key: value for key, value in source.metadata_props.items() if value}
         golden = _golden(settled.chosen, reference, held_out, chosen_target)
-        package = Package(settled.chosen.path, report, golden, held_out.preprocessing, names, words, after)
+        package = Package(
+            settled.chosen.path, report, golden, held_out.preprocessing, names, words, after,
+            kernels=_libraries(settled.chosen.path),
+        )  # fmt: skip
         written = PACKAGES[form](package, out, force=force)
     place = package_in(written) / "model.onnx" if written.is_dir() else written
     return replace(report, artifact=report.artifact and replace(report.artifact, path=str(place)))
@@ -227,6 +231,12 @@ def _validate(
     if chosen.plan is None:
         checks = tuple(map(_against_itself, checks))
     return Validation(checks, fast.timings)
+
+
+def _libraries(model: Path) -> dict[str, Path]:
+    """The library of edgeq's kernels that ``model`` was measured with, if it uses any, by the system it is for."""
+    library = kernels.here() if kernels.uses(model) else None
+    return {kernels.system(): library} if isinstance(library, Path) else {}
 
 
 def _against_itself(check: Check) -> Check:

@@ -19,6 +19,7 @@ from edgeq.packaging import PACKAGES, combined, loader, verify_package
 from edgeq.packaging.cpp import literal
 from edgeq.run.preprocess import Preprocessing
 from tests.packaged import classifier, picture
+from tests.tabled import needs_library, packaged
 
 RUNTIME = next((Path(onnxruntime.__file__).parent / "capi").glob("libonnxruntime.so.*"))
 
@@ -181,3 +182,16 @@ def test_the_package_inside_is_whole(tmp_path: Path) -> None:
     out = PACKAGES["cpp"](classifier(tmp_path / "made"), tmp_path / "net")
     verify_package(out)
     assert "@" not in "".join(path.read_text() for path in out.glob("*") if path.suffix in (".cpp", ".hpp", ".txt"))
+
+
+@pytest.mark.slow
+def test_kernels_of_the_package_run(tmp_path: Path) -> None:
+    """Its golden run is what the kernel gives, not the function that stands for it."""
+    out = PACKAGES["cpp"](packaged(tmp_path / "made", needs_library()), tmp_path / "net")
+    program = _build(out)
+    assert _run(program, out / "package") == (0, "running 'cpu'\n", "")
+    (library,) = (out / "package").glob("kernels-*.so")
+    library.unlink()
+    status, _, told = _run(program, out / "package", EDGEQ_STATE=str(tmp_path / "state"))
+    assert status == 1
+    assert "'o' differs from golden sample 0" in told

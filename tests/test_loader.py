@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from edgeq.packaging import Package, combined, loader, postprocessing_of, read_d
 from edgeq.packaging.record import Golden
 from edgeq.run.preprocess import INTERPOLATIONS, Preprocessing
 from tests.packaged import classifier, files, picture, reseal
+from tests.tabled import needs_library, packaged, ran
 
 
 @settings(max_examples=150)
@@ -240,3 +242,32 @@ def test_without_a_place_to_remember_everything_is_checked(tmp_path: Path, monke
     loader.load(out)
     loader.load(out)
     assert len(seen) == 2
+
+
+CODES = np.arange(256, dtype=np.uint8)[None]
+
+
+def test_kernels_of_the_package_run(tmp_path: Path) -> None:
+    out = write_directory(packaged(tmp_path / "made", needs_library()), tmp_path / "net.edgeq")
+    (library,) = out.glob("kernels-*.so")
+    session = loader.load(out)
+    assert ran(CODES, session.run(None, {"c": CODES})[0]) == "kernel"
+    again = write_directory(read_directory(out), tmp_path / "again.edgeq")
+    assert (again / library.name).read_bytes() == library.read_bytes()
+    (again / library.name).write_bytes(library.read_bytes()[:-1] + b"x")  # not the one that is loaded
+    with pytest.raises(ValueError, match=r"kernels-.*\.so is altered"):
+        loader.load(again)
+
+
+def test_without_its_library_a_package_runs_its_functions(tmp_path: Path) -> None:
+    """Left out, or for another system; one that can't be loaded is told."""
+    out = write_directory(packaged(tmp_path / "made", needs_library(), golden=False), tmp_path / "net.edgeq")
+    (library,) = out.glob("kernels-*.so")
+    library.write_bytes(b"no library")
+    digest = hashlib.sha256(b"no library").hexdigest()
+    reseal(out, lambda manifest: manifest["files"][library.name].update(sha256=digest))
+    with pytest.warns(UserWarning, match=r"kernels-.*\.so isn't used, which only takes longer"):
+        session = loader.load(out)
+    assert ran(CODES, session.run(None, {"c": CODES})[0]) == "function"
+    library.unlink()
+    assert ran(CODES, loader.load(out).run(None, {"c": CODES})[0]) == "function"

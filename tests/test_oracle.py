@@ -19,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgeq.errors import RuntimeUnavailableError
 from edgeq.num.quant import parse_quant
-from edgeq.target.environment import cache_folder
+from edgeq.target.cache import cache_folder
 from edgeq.target.load import load_target
 from edgeq.target.micro import micro_model
 from edgeq.target.oracle import Oracle

@@ -21,9 +21,11 @@ from edgeq.run.timing import Ratio
 from edgeq.search import settle as settling
 from edgeq.search.settle import Draft, Settled, settle
 from edgeq.source import read_model
+from edgeq.target import kernels
 from edgeq.target.load import load_target
 from tests.graphs import graph, normal, random_feed
 from tests.placed import VNNI, oracle_of, samples_of
+from tests.tabled import needs_library
 
 POINT = "Conv<kernel_shape=[1,1]>"
 NET = (
@@ -203,3 +205,22 @@ def test_nothing_to_quantize_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (found.chosen.name, seen) == ("float as given", [])
     assert codes_of(context) == {"no-gain", "nothing-to-quantize", "float-ships"}
     assert "nothing could be quantized" in context.recorder.notices[-1].message
+
+
+def test_functions_of_codes_are_raced_as_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs_library()
+    text = f"""(float[1,128,20,20] x) => (float[1,128,20,20] y) {{
+        a = {POINT}(x, w1, b) s = Sigmoid(a) h = Mul(a, s) y = {POINT}(h, w2, b) }}"""
+    found, context, seen = settled(tmp_path, monkeypatch, lambda convs: True, text)
+    rows = {str(row["name"]): row for row in found.trials}
+    tabled = {name: row for name, row in rows.items() if name.endswith(", 1 tables")}
+    assert tabled and all(row["latency_ratio"] for row in tabled.values())
+    assert len(seen) == len(rows) - 1, "each is judged, but for the float file"
+    assert kernels.uses(found.chosen.path) == (found.chosen.name in tabled)
+    shipped = found.chosen.coverage
+    assert shipped is None or ("Table" in shipped.kernels) == (found.chosen.name in tabled)
+    monkeypatch.setattr(kernels, "here", lambda: "no compiler")
+    (tmp_path / "alone").mkdir()
+    found, context, _ = settled(tmp_path / "alone", monkeypatch, lambda convs: True, text)
+    assert not any("tables" in str(row["name"]) for row in found.trials)
+    assert "no-kernels" in codes_of(context)

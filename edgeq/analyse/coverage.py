@@ -20,6 +20,7 @@ from edgeq.ir import io, query
 from edgeq.ir.ops import OPS
 from edgeq.report.record import Coverage, Island
 from edgeq.run.session import Level, open_session
+from edgeq.target.kernels import DOMAIN
 from edgeq.target.record import Target
 
 INTEGERS = (
@@ -35,7 +36,7 @@ INTEGER_KERNELS = frozenset({
     "QLinearConv", "QLinearMatMul", "QGemm", "QLinearAdd", "QLinearMul", "QLinearConcat", "QLinearSigmoid",
     "QLinearLeakyRelu", "QLinearSoftmax", "QLinearAveragePool", "QLinearGlobalAveragePool", "QLinearWhere",
     "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "MatMulNBits", "MatMulInteger", "ConvInteger",
-    "DynamicQuantizeLSTM", "QAttention", "GatherBlockQuantized",
+    "DynamicQuantizeLSTM", "QAttention", "GatherBlockQuantized", "Table",
 })  # fmt: skip
 QDQ = ("QuantizeLinear", "DequantizeLinear")
 
@@ -94,6 +95,13 @@ def is_mover(node: ir.Node) -> bool:
     return node.op_type not in QDQ and first is not None and first.dtype in INTEGERS and not is_integer(node)
 
 
+def _lays_out(node: ir.Node) -> bool:
+    """Whether a node puts the channels last for one of edgeq's own kernels: the runtime drops it where it lays out
+    convolutions so, which it does last of all."""
+    around = (*(value.producer() for value in node.inputs[:1] if value is not None), *query.users(node.outputs[0]))
+    return node.op_type == "Transpose" and any(near is not None and near.domain == DOMAIN for near in around)
+
+
 def read_back(model: ir.Model, plan: Plan, shapes: Shapes, target: Target) -> tuple[Coverage, dict[str, str]]:
     """What the QDQ ``model`` becomes on ``target``, and the atoms that were planned integer but run in float, with the
     reason to plan them float. ``shapes``: concrete ones of the float model's values."""
@@ -106,7 +114,9 @@ def read_back(model: ir.Model, plan: Plan, shapes: Shapes, target: Target) -> tu
     boundary: list[ir.Node] = []
     for node in seen.graph:
         group = (
-            boundary
+            None
+            if _lays_out(node)
+            else boundary
             if node.op_type in QDQ
             else integer
             if is_integer(node)

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeq.analyse.stats import Arrays, Stats
-from edgeq.target.environment import cache_folder
+from edgeq.target.cache import cache_folder
 
 CAP_BYTES = 1 << 30
 CHECKPOINT_S = 10.0

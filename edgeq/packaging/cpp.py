@@ -71,8 +71,9 @@ def _variant(row: dict[str, Any]) -> list[Any]:
         for run in golden["runs"]
     ]
     isa = [entry.split("|") for entry in needs["isa"]]
+    libraries = [list(pair) for pair in row["kernels"].items()]
     pairs = [list(pair) for pair in row["session"].items()], [list(pair) for pair in golden["tolerances"].items()]
-    return [row["name"], row["model"], needs["provider"], isa, pairs[0], runs, pairs[1]]
+    return [row["name"], row["model"], needs["provider"], isa, pairs[0], libraries, runs, pairs[1]]
 
 
 def _preprocessing(how: dict[str, Any]) -> list[Any]:

@@ -54,6 +54,7 @@ def fill(package: Package, folder: Path) -> dict[str, Any]:
     models = _write_models(package.variants, folder)
     writer = GoldenWriter(folder / GOLDEN)
     golden = [writer.add(variant.golden) for variant in package.variants]
+    libraries = [_write_kernels(variant, folder) for variant in package.variants]
     (folder / LOADER).write_text(loader_text(), encoding="utf-8")
     for variant, model in zip(package.variants, models, strict=True):
         report = replace(
@@ -62,7 +63,7 @@ def fill(package: Package, folder: Path) -> dict[str, Any]:
         (folder / report_file(model)).write_text(codec.to_json(report), encoding="utf-8")
         if model == MODEL:
             (folder / PAGE).write_text(html.render(report), encoding="utf-8")
-    found = codec.encode(manifest(package, folder, models, golden))
+    found = codec.encode(manifest(package, folder, models, golden, libraries))
     text = json.dumps(found, indent=2, ensure_ascii=False) + "\n"
     (folder / MANIFEST).write_text(text, encoding="utf-8")
     (folder / SUM).write_bytes(f"{hashlib.sha256(text.encode()).hexdigest()}  {MANIFEST}\n".encode())
@@ -95,6 +96,14 @@ def _write_models(variants: tuple[Variant, ...], folder: Path) -> list[str]:
     return names
 
 
+def _write_kernels(variant: Variant, folder: Path) -> dict[str, str]:
+    """System -> the file of its library; variants that were made with the same one share it."""
+    names = {system: f"kernels-{system}-{io.file_digest(path)[:8]}.so" for system, path in variant.kernels.items()}
+    for system, name in names.items():
+        shutil.copyfile(variant.kernels[system], folder / name)
+    return names
+
+
 def _copy_model(model: Path, folder: Path) -> None:
     """Model as ``model.onnx`` and its external data under the names it knows them by."""
     model_file, *external = io.model_files(model)
@@ -118,7 +127,7 @@ def read_directory(folder: Path) -> Package:
         first, *others = (_read_variant(folder, row, found["golden"]) for row in found["variants"])
         return Package(
             first.model, first.report, first.golden, found["preprocessing"], tuple(found["labels"]), found["metadata"],
-            found["postprocessing"], tuple(others),
+            found["postprocessing"], tuple(others), kernels=first.kernels,
         )  # fmt: skip
     except (OSError, ValueError, KeyError) as error:
         raise _altered(folder, error) from error
@@ -128,7 +137,8 @@ def _read_variant(folder: Path, row: dict[str, Any], golden: str) -> Variant:
     model = folder / row["model"]
     report = codec.from_json((folder / report_file(row["model"])).read_text(encoding="utf-8"))
     report = replace(report, artifact=report.artifact and replace(report.artifact, path=str(model)))
-    return Variant(row["name"], model, report, read_golden(folder / golden, row["golden"]))
+    libraries = {system: folder / name for system, name in row.get("kernels", {}).items()}
+    return Variant(row["name"], model, report, read_golden(folder / golden, row["golden"]), libraries)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

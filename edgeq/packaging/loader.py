@@ -10,7 +10,9 @@ import hashlib
 import importlib.util
 import json
 import os
+import platform
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -141,6 +143,7 @@ def _open(folder: Path, variant: dict[str, Any], threads: int) -> ort.InferenceS
     needs = variant["requires"]
     provider, plugin = needs["provider"], needs.get("library")  # plugin: a Python module that ships the provider
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    _add_kernels(folder, variant, options)
     named = {"providers": [(provider, needs.get("options", {}))]}
     if plugin:
         if all(device.ep_name != provider for device in ort.get_ep_devices()):
@@ -153,6 +156,17 @@ def _open(folder: Path, variant: dict[str, Any], threads: int) -> ort.InferenceS
     if all(part.ep_name != provider for part in session.get_provider_graph_assignment_info()):
         raise RuntimeError(f"{folder} would run on the CPU here: {provider} took no node of it")
     return session
+
+
+def _add_kernels(folder: Path, variant: dict[str, Any], options: ort.SessionOptions) -> None:
+    """Kernels of the package's own, where it holds a library for this machine; elsewhere the model's functions run,
+    which compute the same."""
+    name = variant.get("kernels", {}).get(f"{sys.platform}-{platform.machine()}")
+    if name and (folder / name).exists():  # an app may leave it out
+        try:
+            options.register_custom_ops_library(str(folder / name))
+        except Exception as fault:  # noqa: BLE001 - the runtime's errors share no base
+            warnings.warn(f"{folder / name} isn't used, which only takes longer: {fault}", stacklevel=2)
 
 
 def _check_golden(folder: Path, session: ort.InferenceSession, golden: dict[str, Any], file: str) -> Callable[[], Any]:

@@ -38,15 +38,21 @@ OLDEST_RUNTIME = "1.24"  # the oldest ONNX Runtime edgeq itself installs with; o
 CANARY_SIDES, CANARY_VALUES, CANARY_TOLERANCE = (61, 83), 64, 1e-5
 
 
-def manifest(package: Package, folder: Path, models: Sequence[str], golden: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The manifest of a package whose files lie in ``folder`` already: ``models[i]`` is the file and ``golden[i]`` the
-    golden runs of variant i."""
+def manifest(
+    package: Package,
+    folder: Path,
+    models: Sequence[str],
+    golden: Sequence[dict[str, Any]],
+    libraries: Sequence[dict[str, str]],
+) -> dict[str, Any]:
+    """The manifest of a package whose files lie in ``folder`` already: ``models[i]`` is the file, ``golden[i]`` the
+    golden runs and ``libraries[i]`` the libraries of kernels of variant i."""
     first = io.read(folder / models[0])
     needed = {GOLDEN, *(path.as_posix() for name in models for path in io.model_files(folder / name))}
     return {
         "schema": SCHEMA,
         "versions": {"edgeq": __version__, "onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__},
-        "variants": [_variant(*row, folder) for row in zip(package.variants, models, golden, strict=True)],
+        "variants": [_variant(*row, folder) for row in zip(package.variants, models, golden, libraries, strict=True)],
         "inputs": [_signature(value) for value in first.graph.inputs if value.name not in first.graph.initializers],
         "outputs": [_signature(value) for value in first.graph.outputs],
         "golden": GOLDEN,
@@ -64,7 +70,9 @@ def manifest(package: Package, folder: Path, models: Sequence[str], golden: Sequ
     }
 
 
-def _variant(variant: Variant, model: str, golden: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _variant(
+    variant: Variant, model: str, golden: dict[str, Any], libraries: dict[str, str], folder: Path
+) -> dict[str, Any]:
     target, coverage = variant.report.target, variant.report.coverage
     return {
         "name": variant.name,
@@ -80,6 +88,7 @@ def _variant(variant: Variant, model: str, golden: dict[str, Any], folder: Path)
         },
         "session": dict(target.get("session", {})),
         "golden": golden,
+        "kernels": libraries,
         "checks": {check.name: check.value for check in variant.report.checks},
         "decisions": {
             "kernels": {} if coverage is None else dict(coverage.kernels),

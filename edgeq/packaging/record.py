@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +33,21 @@ class Golden:
 
 @dataclass(frozen=True)
 class Variant:
-    """One model of a package, for the machines its target stands for. ``model`` is a file, external data beside it."""
+    """One model of a package, for the machines its target stands for. ``model`` is a file, external data beside it;
+    ``kernels``: libraries of edgeq's kernels it uses, by the system they are for (``kernels.system``)."""
 
     name: str
     model: Path
     report: Report
     golden: Golden
+    kernels: Mapping[str, Path] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Package:
-    """All an app ships. ``model``, ``report`` and ``golden`` are the first variant's, ``others`` are tried where it
-    can't run or is slower; ``metadata`` are words on the model itself, of which ``licence`` is read; ``key`` is a file
-    with a private key to sign with."""
+    """All an app ships. ``model``, ``report``, ``golden`` and ``kernels`` are the first variant's, ``others`` are tried
+    where it can't run or is slower; ``metadata`` are words on the model itself, of which ``licence`` is read;
+    ``key`` is a file with a private key to sign with."""
 
     model: Path
     report: Report
@@ -56,14 +58,16 @@ class Package:
     postprocessing: Mapping[str, Any] = field(default_factory=dict)
     others: tuple[Variant, ...] = ()
     key: Path | None = None
+    kernels: Mapping[str, Path] = field(default_factory=dict)
 
     @property
     def variants(self) -> tuple[Variant, ...]:
         """All variants, the first one first; names are those of the targets, numbered where two are the same."""
-        first = Variant(str(self.report.target.get("name", "")) or "model", self.model, self.report, self.golden)
+        name = str(self.report.target.get("name", "")) or "model"
+        first = Variant(name, self.model, self.report, self.golden, self.kernels)
         found: dict[str, Variant] = {}
         for variant in (first, *self.others):
             same = sum(name.rpartition("~")[0] == variant.name or name == variant.name for name in found)
             name = f"{variant.name}~{same + 1}" if same else variant.name
-            found[name] = Variant(name, variant.model, variant.report, variant.golden)
+            found[name] = replace(variant, name=name)
         return tuple(found.values())

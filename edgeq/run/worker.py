@@ -21,6 +21,7 @@ from edgeq.errors import EdgeqError
 from edgeq.run.record import Feed, Timing
 from edgeq.run.session import Session, open_session, run_session, timing_of
 from edgeq.run.timing import ratio
+from edgeq.target import kernels
 from edgeq.target.record import Provider
 
 TURN_MS = 20.0  # a turn lasts about this long, so that short laps aren't all hand-over
@@ -76,8 +77,10 @@ class _Contender:
 
 
 def _open(config: dict[str, Any], *, threads: int, shared_pool: bool) -> Session:
+    path = Path(config["path"])
+    kernels.check(path)
     return open_session(
-        Path(config["path"]),
+        path,
         threads=threads,
         level=config["level"],
         provider=Provider(**config["provider"]),

@@ -17,18 +17,21 @@ from typing import Protocol
 import numpy as np
 import onnx_ir as ir
 
+from edgeq.analyse.coverage import read_back
 from edgeq.analyse.place import Plan
 from edgeq.analyse.sensitivity import decibel
 from edgeq.context import Context
-from edgeq.ir import io
+from edgeq.ir import io, verify
 from edgeq.ir.ops import OPS
 from edgeq.lower.emit import emit
 from edgeq.lower.legalize import legalize
+from edgeq.lower.tables import tabulate
 from edgeq.quantizer import Quantizer
 from edgeq.report.record import Check, Coverage
 from edgeq.run.record import Feed
 from edgeq.run.timing import Ratio, TimedConfig, compare, ratio
 from edgeq.steps import equalize
+from edgeq.target import kernels
 from edgeq.target.detect import elsewhere
 from edgeq.target.record import CPU
 
@@ -98,6 +101,7 @@ def settle(
 ) -> Settled:
     """Choose among ``floats`` and what ``quantizer`` can make. ``folder`` receives the candidates' files."""
     drafts = _integer_drafts(quantizer, judge, context, folder) if quantizer is not None else []
+    drafts += _in_own_kernels([draft for draft in drafts if draft.accurate], judge, context)
     accurate = [draft for draft in drafts if draft.accurate]
     ratios, best_float, proven = _proven(list(floats), accurate, feeds, context)
     unproven = next((draft for draft in floats if draft.asked), best_float)
@@ -256,6 +260,30 @@ def _draft(
         path = folder / f"{name.replace(' ', '-').replace(',', '')}.onnx"
         emit(context.lower(legalize(model, context.target)), context.target, path)
     return Draft(name, path, model, plan, seen, kept_float=extra or {}, quantizer=quantizer)
+
+
+def _in_own_kernels(drafts: Sequence[Draft], judge: Judge, context: Context) -> list[Draft]:
+    """Each draft in edgeq's own kernels, where it has nodes for them and the target's are to be had: the race tells
+    which of the two files is faster."""
+    if not context.target.kernels or elsewhere(context.target):
+        return []
+    made = []
+    for draft in drafts:
+        with context.recorder.step("tabulate") as facts:
+            model, count = tabulate(verify.infer_shapes(io.read(draft.path)))
+            facts.update(draft=draft.name, tables=count)
+        if not count or draft.plan is None or draft.quantizer is None:
+            continue
+        if isinstance(lacking := kernels.here(), str):
+            context.recorder.info("no-kernels", f"functions of codes stay in the runtime's kernels: {lacking}")
+            break
+        path = draft.path.with_name(f"{draft.path.stem}-tables.onnx")
+        emit(model, context.target, path)
+        seen, _ = read_back(model, draft.plan, draft.quantizer.shapes, context.target)
+        made.append(
+            _judged(replace(draft, name=f"{draft.name}, {count} tables", path=path, coverage=seen), judge, context)
+        )
+    return made
 
 
 def _judged(draft: Draft, judge: Judge, context: Context) -> Draft:

@@ -14,15 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from edgeq.errors import RuntimeUnavailableError
+from edgeq.target.cache import cache_folder
 from edgeq.target.provider import check_provider, held_here
 from edgeq.target.record import Provider
-
-
-def cache_folder() -> Path:
-    """``EDGEQ_CACHE``, else ``XDG_CACHE_HOME/edgeq``, else ``~/.cache/edgeq``."""
-    if own := os.environ.get("EDGEQ_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgeq"
 
 
 def environments_folder() -> Path:

@@ -17,6 +17,7 @@ from edgeq.errors import RecipeError, TargetError, did_you_mean
 from edgeq.num.formats import parse_format
 from edgeq.num.quant import parse_quant
 from edgeq.target.detect import local_name
+from edgeq.target.kernels import KERNELS
 from edgeq.target.record import Limits, Target
 
 LOCAL = "local"
@@ -193,6 +194,12 @@ def _verified(value: Any) -> str:
     return str(value)
 
 
+def _kernels(value: Any) -> tuple[str, ...]:
+    if set(words := _words(value)) - set(KERNELS):
+        raise ValueError
+    return words
+
+
 def _limits(value: Any) -> Limits:
     if not isinstance(value, dict):
         raise TypeError
@@ -249,6 +256,7 @@ KEYS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "limits": ("a table of " + ", ".join(LIMIT_KEYS), _limits),
     "rules": ("a list of texts", _words),
     "fuse": ("a list of texts", _words),
+    "kernels": (f"a list of edgeq's own kernels: {', '.join(KERNELS)}", _kernels),
     "sparsity": ("a list of texts", _words),
     "memory_bytes": ("a positive integer", _integer),
     "verified": (" or ".join(repr(word) for word in VERIFIED), _verified),

@@ -20,9 +20,9 @@ from typing import Literal
 import onnx_ir as ir
 
 from edgeq.num.quant import Quant
+from edgeq.target.cache import cache_folder
 from edgeq.target.compiled import compiled_verdicts, owned
 from edgeq.target.detect import isa_fingerprint
-from edgeq.target.environment import cache_folder
 from edgeq.target.isolated import version_of
 from edgeq.target.micro import CODE_TYPES, micro_model
 from edgeq.target.question import Question, holds_graph, is_real, quantizable_inputs, question, signature

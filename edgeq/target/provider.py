@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeq.errors import RuntimeUnavailableError
+from edgeq.target import kernels
 from edgeq.target.record import CPU, Provider
 
 RECORD = "session.record_ep_graph_assignment_info"  # known since ONNX Runtime 1.24
@@ -93,6 +94,8 @@ def open_on(model: Path | bytes, provider: Provider, settings: Mapping[str, Any]
     check_provider(provider)
     source = model if isinstance(model, bytes) else str(model)
     options = session_options(settings, provider)
+    if provider.name == CPU.name:
+        kernels.register(options, model)
     if provider.name == CPU.name or plugged_in(provider):
         named = {"providers": [CPU.name]} if provider.name == CPU.name else {}
         return onnxruntime.InferenceSession(source, options, **named)

@@ -88,6 +88,7 @@ class Target:
     limits: Limits = Limits()
     rules: tuple[str, ...] = ()
     fuse: tuple[str, ...] = ()
+    kernels: tuple[str, ...] = ()  # of edgeq's own library, for what is faster with them
     sparsity: tuple[str, ...] = ()
     memory_bytes: int | None = None
     verified: str = "documentation"  # "here" | "emulator" | "documentation"

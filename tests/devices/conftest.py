@@ -15,7 +15,7 @@ from edgeq.ir import io
 from edgeq.run.device.runners import MACHINES
 from edgeq.run.record import Feed
 from edgeq.run.timing import TimedConfig
-from edgeq.target.environment import cache_folder
+from edgeq.target.cache import cache_folder
 from tests.devices import arm64
 from tests.devices.adbd import Adbd, adbd
 from tests.devices.arm64 import Board, left

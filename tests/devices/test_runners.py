@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from edgeq.ir import io
 from edgeq.run.device import measure, open_device
 from edgeq.run.record import Feed
 from edgeq.run.session import open_session, run_session
@@ -15,6 +16,7 @@ from edgeq.target.load import load_target
 from edgeq.target.record import Provider
 from tests.devices.adbd import Adbd
 from tests.devices.models import noise, zoo
+from tests.tabled import ran, telling
 
 ARM = Provider(session=load_target("cpu-arm64").session)
 
@@ -51,3 +53,13 @@ def test_both_runners_compute_the_same_over_ssh_and_adb(
         ours, truth = run_session(here, samples[0]), run_session(exact, samples[0])
         for key, array in found[name][0].items():
             assert noise(array, ours[key]) <= max(noise(ours[key], truth[key]), 1e-3), (name, key)
+
+
+@pytest.mark.slow
+def test_both_runners_use_kernels_compiled_for_the_device(phone: Adbd, cpp: str, tmp_path: Path) -> None:
+    io.write(telling(), tmp_path / "net.onnx")
+    codes = np.tile(np.arange(256, dtype=np.uint8), 3)[:-7]
+    for address in (phone.board.address, phone.board.address + cpp):
+        with open_device(address) as device:
+            ((_, found),) = measure.outputs(device, TimedConfig("net", tmp_path / "net.onnx"), [{"c": codes}])
+            assert ran(codes, found["o"]) == "kernel", device.facts.runner

@@ -242,6 +242,11 @@ def _open(model: Tree, threads: int, **settings: str) -> Any:
         setattr(options, key, value)
     for key, value in model["session"].items():
         options.add_session_config_entry(key, value)
+    if model["kernels"]:
+        try:
+            options.register_custom_ops_library(str(Path(model["kernels"]).resolve()))
+        except Exception as error:  # the runtime's classes share no base
+            raise Failure("model", f"the library of its kernels can't be loaded: {error}") from error
     if model["provider"] not in onnxruntime.get_available_providers():
         raise Failure("runtime", f"onnxruntime {onnxruntime.__version__} there has no {model['provider']}")
     try:

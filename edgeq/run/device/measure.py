@@ -22,6 +22,7 @@ from edgeq.run.device.sustained import Sustained, sustained_of
 from edgeq.run.record import Feed, Timing
 from edgeq.run.session import timing_of
 from edgeq.run.timing import Footprint, TimedConfig
+from edgeq.target import kernels
 
 PORTION_BYTES = 16 << 20
 
@@ -156,11 +157,21 @@ def _sent(device: Device, config: TimedConfig) -> dict[str, Any]:
     files = {f"{folder}/{name}": path for name, path in paths.items()}
     for name, path in files.items():
         device.push(name, path)
+    library = _kernels(device, config)
     session = {**config.provider.session, **config.config}
     return {
-        "name": config.name, "file": next(iter(files)), "files": list(files), "session": session,
-        "provider": config.provider.name,
+        "name": config.name, "file": next(iter(files)), "files": [*files, *filter(None, [library])], "session": session,
+        "provider": config.provider.name, "kernels": library,
     }  # fmt: skip
+
+
+def _kernels(device: Device, config: TimedConfig) -> str:
+    """The library of edgeq's kernels on the device, "" for a model that has no use for it there."""
+    if not device.facts.system.startswith("Linux") or not kernels.uses(config.path):
+        return ""
+    library = kernels.library(device.facts.machine)
+    device.push(library.name, library)
+    return library.name
 
 
 def _portions(feeds: Iterable[Feed]) -> Iterator[list[Feed]]:

@@ -7,28 +7,27 @@ archive. Neither is downloaded in silence.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import os
 import platform
 import shlex
 import shutil
-import subprocess
 import sys
-import tempfile
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from edgeq.errors import RuntimeUnavailableError, UsageError
 from edgeq.ir import io
-from edgeq.target.environment import cache_folder
+from edgeq.target import cxx
+from edgeq.target.cache import cache_folder, kept
+from edgeq.target.cxx import MACHINES, Machine
 
 AGENT = Path(__file__).parent / "agent.py"
 SOURCES = Path(__file__).parent / "runner"
 NATIVE = Path(__file__).parent.parent / "native"  # ONNX Runtime in C++, which packages of the form cpp hold as well
 PROGRAM, LIBRARY = "edgeq-run", "libonnxruntime.so"
+WHAT = "the C++ runner"
 FLAGS = ("-std=c++17", "-O2", "-pthread", "-s", "-I", str(NATIVE))
 
 
@@ -41,31 +40,6 @@ class Runner:
     files: Mapping[str, Path]
     line: str
     lacking: str
-
-
-@dataclass(frozen=True)
-class Machine:
-    """A processor: ``elf`` is e_machine of its programs, ``abi`` its name in Android's archives, ``gnu`` and
-    ``android`` are compilers for it, ``wheel`` and ``package`` where a library and a compiler can be had."""
-
-    elf: int
-    abi: str
-    gnu: str
-    android: str
-    wheel: str
-    package: str
-
-
-MACHINES = {  # by `uname -m`
-    "aarch64": Machine(
-        183, "arm64-v8a", "aarch64-linux-gnu-g++", "aarch64-linux-android24-clang++", "manylinux_2_28_aarch64",
-        "g++-aarch64-linux-gnu",
-    ),
-    "x86_64": Machine(
-        62, "x86_64", "x86_64-linux-gnu-g++", "x86_64-linux-android24-clang++", "manylinux_2_28_x86_64",
-        "g++-x86-64-linux-gnu",
-    ),
-}  # fmt: skip
 
 
 def python(program: str) -> Runner:
@@ -86,41 +60,16 @@ def cpp(name: str, *, android: bool, library: str = "") -> Runner:
     _, format_, number = found.open("rb").read(20).partition(b"\x7fELF")
     if not format_ or int.from_bytes(number[14:16], "little") != machine.elf:
         raise UsageError(f"{str(found)!r} is no library for {name}", hint="name another one: ?library=/path")
-    files = {PROGRAM: _program(_compiler(name, machine, android), android), LIBRARY: found}
+    files = {PROGRAM: _program(name, android), LIBRARY: found}
     libc = "Android" if android else "glibc as new as the compiler's here, and libstdc++"
     return Runner("cpp", files, f"./{PROGRAM}", f"it needs {libc}, and {found} must fit them")
 
 
-def _compiler(name: str, machine: Machine, android: bool) -> str:
-    native = ["g++"] if name == platform.machine() else []
-    names = [machine.android] if android else [*native, machine.gnu]
-    found = next(filter(None, map(shutil.which, names)), None)
-    if found is None:
-        hint = "put toolchains/llvm/prebuilt/linux-x86_64/bin of Android's NDK on PATH"
-        raise RuntimeUnavailableError(
-            f"the C++ runner needs a compiler for {name}: there is no {' and no '.join(names)} here",
-            hint=hint if android else f"apt-get install {'g++' if native else machine.package}",
-        )
-    return found
-
-
-def _program(compiler: str, android: bool) -> Path:
-    """edgeq-run, compiled unless the same compiler has done so from the same sources."""
+def _program(name: str, android: bool) -> Path:
+    """edgeq-run for a processor."""
     flags = [*FLAGS, *(["-static-libstdc++"] if android else []), "-ldl"]
     sources = sorted([*SOURCES.iterdir(), *NATIVE.iterdir()])
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
-    key = hashlib.sha256(b"\0".join([compiler.encode(), version, *map(str.encode, flags)]))
-    for source in sources:
-        key.update(source.read_bytes())
-
-    def compile_to(place: Path) -> None:
-        words = [compiler, *(str(source) for source in sources if source.suffix == ".cpp"), "-o", str(place), *flags]
-        done = subprocess.run(words, capture_output=True, text=True, errors="replace", check=False)
-        if done.returncode:
-            told = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[-200:])
-            raise RuntimeUnavailableError(f"{compiler} can't compile the C++ runner: {told}", hint="C++17 is needed")
-
-    return _kept(key.hexdigest(), PROGRAM, compile_to)
+    return cxx.compiled(cxx.compiler(name, WHAT, android=android), sources, flags, ("runner", PROGRAM), WHAT)
 
 
 def _library(name: str, machine: Machine, android: bool, given: str) -> Path:
@@ -156,20 +105,9 @@ def _unpacked(path: Path, machine: Machine) -> Path:
             raise UsageError(
                 f"{str(path)!r} holds no {inside[0]}* and no {inside[1]}", hint="take ONNX Runtime's own archive"
             )
-        return _kept(io.file_digest(path) + machine.abi, LIBRARY, lambda to: _extract(archive, member, to))
+        return kept(io.file_digest(path) + machine.abi, "runner", LIBRARY, lambda to: _extract(archive, member, to))
 
 
 def _extract(archive: zipfile.ZipFile, member: str, place: Path) -> None:
     with archive.open(member) as source, place.open("wb") as sink:
         shutil.copyfileobj(source, sink)
-
-
-def _kept(key: str, name: str, make: Callable[[Path], None]) -> Path:
-    """A file that is made once, whole or not at all."""
-    place = cache_folder() / "runner" / hashlib.sha256(key.encode()).hexdigest()[:16] / name
-    if not place.is_file():
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=place.parent) as folder:
-            make(Path(folder) / name)
-            os.replace(Path(folder) / name, place)  # noqa: PTH105 - atomic, over what another process made meanwhile
-    return place

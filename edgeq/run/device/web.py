@@ -24,7 +24,7 @@ from edgeq.run.device import phone
 from edgeq.run.device.pages import POLL_SECONDS, Handler, Server
 from edgeq.run.device.record import Device, Facts
 from edgeq.run.device.remote import result_of
-from edgeq.target.environment import cache_folder
+from edgeq.target.cache import cache_folder
 from edgeq.target.record import CPU
 
 BUILDS = {"wasm": "ort.wasm.min.mjs", "webgpu": "ort.webgpu.min.mjs"}

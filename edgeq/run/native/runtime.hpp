@@ -29,9 +29,9 @@ struct Runtime {
     kFreeByAllocator = 76, kGetDefaultAllocator = 78, kReleaseEnv = 92, kReleaseStatus = 93, kReleaseMemoryInfo = 94,
     kReleaseSession = 95, kReleaseValue = 96, kReleaseTypeAndShape = 99, kReleaseSessionOptions = 100,
     kCreateEnvWithPool = 119, kUsePoolOfEnv = 120, kCreatePoolOptions = 121, kReleasePoolOptions = 122,
-    kAddSessionConfigEntry = 130, kSetPoolThreads = 147,
+    kAddSessionConfigEntry = 130, kSetPoolThreads = 147, kRegisterCustomOps = 228,
   };
-  static constexpr uint32_t kVersion = 11;  // of the table; any that has kSetPoolThreads
+  static constexpr uint32_t kVersion = 14;  // of the table; the first that has kRegisterCustomOps
   static constexpr int kWarning = 2, kError = 3, kArena = 1, kDefaultMemory = 0;
 
   struct Base {
@@ -105,6 +105,9 @@ class Session {
                                     const std::vector<const char*>& outputs) const;
   // The same for a clock: what it computes is thrown away.
   void lap(const std::map<std::string, Tensor>& inputs, const std::vector<const char*>& outputs) const;
+
+  // Let sessions with these options use a library of custom operators, which is loaded.
+  static void add_kernels(const Runtime& runtime, void* options, const std::filesystem::path& library);
 
  protected:
   std::shared_ptr<const Runtime> runtime_;

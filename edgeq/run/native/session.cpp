@@ -72,6 +72,10 @@ Session::Session(std::shared_ptr<const Runtime> runtime, const std::filesystem::
   runtime_->check(runtime_->call<void*>(Runtime::kCreateSession, runtime_->env, model.c_str(), options, &session_));
 }
 
+void Session::add_kernels(const Runtime& runtime, void* options, const std::filesystem::path& library) {
+  runtime.check(runtime.call<void*>(Runtime::kRegisterCustomOps, options, library.c_str()));
+}
+
 Session::~Session() { runtime_->call<void>(Runtime::kReleaseSession, session_); }
 
 namespace {

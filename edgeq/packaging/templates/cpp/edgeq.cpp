@@ -150,6 +150,28 @@ fs::path memory() {
   return {};
 }
 
+#if defined(__linux__) && !defined(__ANDROID__) && defined(__x86_64__)
+constexpr const char* kSystem = "linux-x86_64";
+#elif defined(__linux__) && !defined(__ANDROID__) && defined(__aarch64__)
+constexpr const char* kSystem = "linux-aarch64";
+#else
+constexpr const char* kSystem = "";
+#endif
+
+std::unique_ptr<Session> open(const std::shared_ptr<const Runtime>& runtime, const fs::path& package,
+                              const Variant& variant, int threads) {
+  return std::make_unique<Session>(runtime, package / variant.model, threads, variant.session, [&](void* options) {
+    for (auto& [system, library] : variant.kernels) {
+      if (system != std::string(kSystem) || !fs::exists(package / library)) continue;  // an app may leave it out
+      try {
+        Session::add_kernels(*runtime, options, fs::absolute(package / library));
+      } catch (const std::runtime_error& fault) {  // the model's functions run instead, and compute the same
+        std::cerr << "edgeq: " << library << " isn't used, which only takes longer: " << fault.what() << '\n';
+      }
+    }
+  });
+}
+
 // What must be the same for a remembered result to count.
 std::string stamp(const fs::path& package, const Runtime& runtime) {
   std::ostringstream words;
@@ -183,7 +205,7 @@ struct Model::Parts {
     for (const Variant& one : contents::variants()) {
       try {
         check_machine(one);
-        auto opened = std::make_unique<Session>(runtime, package / one.model, threads, one.session);
+        auto opened = open(runtime, package, one, threads);
         double took = repeat_golden(*opened, one, golden, contents::variants().size() > 1);
         if (session && took >= kClearly * milliseconds) continue;
         if (session)
@@ -205,7 +227,7 @@ struct Model::Parts {
     if (known.size() < 2 || known[0] != stamp(package, *runtime)) return false;
     for (const Variant& one : contents::variants())
       if (known[1] == one.name) {
-        session = std::make_unique<Session>(runtime, package / one.model, threads, one.session);
+        session = open(runtime, package, one, threads);
         variant = one.name;
         passed_over.assign(known.begin() + 2, known.end());
       }

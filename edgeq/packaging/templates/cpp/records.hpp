@@ -30,6 +30,7 @@ struct Variant {
   const char* provider;
   std::vector<std::vector<const char*>> isa;  // of each row one is needed
   std::vector<std::pair<std::string, std::string>> session;
+  std::vector<std::pair<const char*, const char*>> kernels;  // libraries by the system they are for
   std::vector<Run> runs;
   std::vector<std::pair<const char*, double>> tolerances;
 };

@@ -110,7 +110,13 @@ std::shared_ptr<const Runtime> runtime(const std::function<void(Runtime&)>& open
 
 Model::Model(const std::shared_ptr<const Runtime>& runtime, const Json& model, int threads,
              const std::function<void(void*)>& more)
-    try : Session(runtime, model["file"].text, threads, config(model), more), name(model["name"].text) {
+    try : Session(runtime, model["file"].text, threads, config(model),
+                  [&](void* options) {
+                    if (const std::string& library = model["kernels"].text; !library.empty())
+                      add_kernels(*runtime, options, std::filesystem::absolute(library));
+                    if (more) more(options);
+                  }),
+          name(model["name"].text) {
   inputs = names(Runtime::kGetInputCount, Runtime::kGetInputName);
   outputs = names(Runtime::kGetOutputCount, Runtime::kGetOutputName);
 } catch (const Failure&) {
