@@ -87,6 +87,6 @@ def _file(path: Path, device: Device | None) -> tuple[Path, Provider]:
         return path, CPU
     if device is not None:
         variant, provider = fitting(path, device)
-        return variant.model, provider
+        return variant.only, provider
     variant = read_directory(path).variants[0]
-    return variant.model, replace(CPU, session=dict(variant.report.target.get("session", {})))
+    return variant.only, replace(CPU, session=dict(variant.report.target.get("session", {})))

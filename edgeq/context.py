@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import onnx_ir as ir
 
@@ -11,9 +12,12 @@ from edgeq.analyse.observe import observe
 from edgeq.analyse.statistics import Statistics, alike
 from edgeq.analyse.stats import Stats, merge
 from edgeq.analyse.store import Store
+from edgeq.lower.emit import emit
 from edgeq.lower.fuse import fuse
+from edgeq.lower.pin import pinned
 from edgeq.report.recorder import Recorder
 from edgeq.rewrite.checked import Change
+from edgeq.run.buckets import Buckets, bucket_files, padded
 from edgeq.run.record import Feed, Samples
 from edgeq.target.oracle import Oracle
 from edgeq.target.record import Target
@@ -35,6 +39,26 @@ class Context:
     seed: int = 0
     keep_float: dict[str, str] = field(default_factory=dict)  # node -> why no plan may make it integer
     elsewhere: tuple[ir.Model, Statistics] | None = None  # the model as read, and statistics of it over other data
+    buckets: Buckets | None = None  # what ships has these shapes, a file each
+
+    def example(self) -> Feed:
+        """The first calibration sample, as the largest bucket has it."""
+        feed = self.calibration.read(0)
+        return padded(self.buckets, feed, -1) if self.buckets else feed
+
+    def at_largest(self, model: ir.Model) -> ir.Model:
+        """The model as its largest bucket runs it."""
+        return pinned(model, self.buckets["shapes"][-1]) if self.buckets else model
+
+    def files(self, path: Path) -> list[Path]:
+        """The files of what ships to ``path``: with buckets one each, the largest there."""
+        return bucket_files(path, len(self.buckets["shapes"]) if self.buckets else 1)
+
+    def emit(self, model: ir.Model, path: Path) -> None:
+        """Write what the target loads: ``files`` of ``path``."""
+        for index, file in enumerate(self.files(path)):
+            fixed = pinned(model, self.buckets["shapes"][index]) if self.buckets else model
+            emit(fixed, self.target, file)
 
     def observe(self, model: ir.Model, taps: list[str]) -> dict[str, Stats]:
         """Statistics of ``taps`` over the calibration samples, from the store where they are known."""

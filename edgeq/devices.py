@@ -31,7 +31,9 @@ def fitting(folder: Path, device: Device) -> tuple[Variant, Provider]:
     DeviceError, with what each variant lacks, when there is none."""
     lacking = []
     for variant, row in zip(read_directory(folder).variants, read_manifest(folder)["variants"], strict=True):
-        if missing := _lacks(device, row["requires"]):
+        if variant.buckets:
+            lacking.append(f"{row['name']} has shape buckets, which aren't run on devices yet")
+        elif missing := _lacks(device, row["requires"]):
             lacking.append(f"{row['name']} needs {', '.join(missing)}")
         else:
             return variant, Provider(row["requires"]["provider"], session=row["session"])

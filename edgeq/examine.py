@@ -18,6 +18,7 @@ from edgeq.analyse.place import Plan, free_costs, place
 from edgeq.analyse.store import Store
 from edgeq.apart import check as parting
 from edgeq.apart import on_device as parted
+from edgeq.bucketing import at_largest, fitted, opener
 from edgeq.context import Context
 from edgeq.devices import facts_of, fitting, kept_up, ran
 from edgeq.errors import PackageError, RecipeError, UsageError
@@ -161,10 +162,13 @@ def validate(
             raise PackageError(f"the float model {origin!r} isn't here", hint="name it with --reference")
         spec = samples_spec(evaluation, synthetic, "evaluation", "-e")
         model, samples, source = _compared(origin, variant, spec, preprocessing, shipped.preprocessing, recorder)
+        if variant.buckets:
+            samples = fitted(samples, variant.buckets, "evaluation", recorder)
         with recorder.step("validate", len(samples)):
             validation = measure(
                 model, variant.model, samples, metric=metric, limits=wanted.limits(), threads=counts,
-                provider=provider, seed=seed, device=device,
+                provider=provider, seed=seed, device=device, opener=opener(variant.buckets),
+                feeds=at_largest(take(samples, TIMED_SAMPLES), variant.buckets),
             )  # fmt: skip
         apart: tuple[Divergence, ...] = ()
         if device and (divergence or not all(check.passed for check in on_device)):

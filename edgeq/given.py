@@ -114,20 +114,23 @@ def read_with_samples(
     *,
     inputs: Sequence[str] = (),
     limit: int | None = None,
+    loose: bool = False,
     **settings: Any,
 ) -> tuple[ir.Model, SourceInfo, Samples]:
-    """The model and its samples; ``If`` nodes are decided by what is the same in all samples: scalars, then shapes."""
+    """The model and its samples; ``If`` nodes are decided by what is the same in all samples: scalars, then shapes.
+    ``loose`` leaves shapes open whatever the target takes."""
     pins = pins_of(inputs)
     with recorder.step("read") as facts:
         source, info = read_model(model, opset=target.opset, pins=pins)
         samples = load_samples(spec, source, limit=limit, **settings)
-        if target.static and symbolic(source):
+        if target.static and symbolic(source) and not loose:
             pins = {**_fixed_shapes(samples), **pins}
             source, info = read_model(model, opset=target.opset, pins=pins)
-            if loose := symbolic(source):
+            if names := symbolic(source):
+                shape = f"{names[0]}={','.join(map(str, samples.read(0)[names[0]].shape))}"
                 raise UsageError(
-                    f"target {target.name!r} takes fixed shapes only, and those of input {loose[0]!r} differ by sample",
-                    hint=f"pin it with --input {loose[0]}=1,3,224,224 and give samples of that shape",
+                    f"target {target.name!r} takes fixed shapes only, and those of input {names[0]!r} differ by sample",
+                    hint=f"pad them to a few shapes, --bucket {shape} for each, or give samples of one shape",
                 )
         if branches(source):
             example = _fixed_scalars(samples)
@@ -177,5 +180,5 @@ def random_samples(model: ir.Model, count: int, seed: int) -> Samples:
 
 
 def model_file(path: Path) -> Path:
-    """A model file, or the one inside a package."""
-    return read_directory(path).model if path.is_dir() else path
+    """A model file, or the only one inside a package."""
+    return read_directory(path).variants[0].only if path.is_dir() else path

@@ -9,7 +9,7 @@ from typing import Any
 import onnx_ir as ir
 
 from edgeq.analyse import halves
-from edgeq.analyse.cost import concrete_shapes
+from edgeq.analyse.cost import concrete_shapes, inferred_shapes
 from edgeq.analyse.halves import DTYPES, Halves
 from edgeq.analyse.observe import observe
 from edgeq.analyse.sensitivity import Probe, decibel
@@ -67,8 +67,10 @@ def _without_kernels(
     """Nodes the provider has no kernel for in 16 bits -> its reason. What the CPU here computes in f32 between casts is
     told: it gains no time."""
     wanted = {str(node.name) for node in model.graph} - set(kept)
-    asked = [node for node in halve(model, wanted, DTYPES[form]).graph if node.name in wanted]
-    answers = {node: context.oracle.in_types(node) for node in asked if _touches(node, DTYPES[form])}
+    tried = halve(model, wanted, DTYPES[form])
+    asked = [node for node in tried.graph if node.name in wanted]
+    oracle = context.oracle.at(inferred_shapes(tried, context.example())) if context.buckets else context.oracle
+    answers = {node: oracle.in_types(node) for node in asked if _touches(node, DTYPES[form])}
     between = Counter(node.op_type for node, answer in answers.items() if answer.kernel == "Cast")
     if between and not elsewhere(context.target):
         facts["computed_in_f32"] = dict(between)

@@ -56,7 +56,7 @@ def observe(
     recorder, told = Recorder(progress), {}  # type: Recorder, dict[str, Any]
     shipped = read_directory(Path(model)) if Path(model).is_dir() else None
     if shipped:
-        read = io.read(shipped.model)
+        read = io.read(shipped.variants[0].only)
         digest = io.digest(read)
     else:
         read, info = read_model(model, opset=load_target("local").opset, pins=pins_of(inputs))

@@ -17,6 +17,7 @@ from edgeq import steps
 from edgeq.analyse.layers import layers
 from edgeq.analyse.saturation import certify
 from edgeq.analyse.store import Store
+from edgeq.bucketing import Opener, at_largest, bucketed, check_buckets, one_each, opener, padding_told
 from edgeq.context import Context
 from edgeq.facts import environment, samples_facts, source_facts, target_facts, timing_facts
 from edgeq.given import (
@@ -41,6 +42,7 @@ from edgeq.packaging import (
     labels_of,
     package_in,
     postprocessing_of,
+    sharing_bytes,
 )
 from edgeq.pixels import as_pixels, normalisation, taken
 from edgeq.quantizer import Quantizer
@@ -50,7 +52,7 @@ from edgeq.report.recorder import Recorder
 from edgeq.report.rows import saturation_line
 from edgeq.rewrite.halve import rounded
 from edgeq.rewrite.pixels import picture_of
-from edgeq.run.record import Samples
+from edgeq.run.record import Feed, Samples
 from edgeq.run.samples import load_samples, split, take
 from edgeq.run.session import open_session, run_session
 from edgeq.run.timing import TimedConfig
@@ -90,6 +92,8 @@ def export(
     labels: str | Path | None = None,
     postprocessing: str | Path | None = None,
     inputs: Sequence[str] = (),
+    buckets: Sequence[str] = (),
+    pad: Sequence[str] = (),
     limit: int | None = None,
     dump: str | Path | None = None,
     form: str = "dir",
@@ -101,7 +105,9 @@ def export(
 
     ``calibration`` and ``evaluation`` are what ``run.samples.load_samples`` takes; without the latter a held-out part
     of the former is used. ``statistics``: files of ``edgeq observe`` that widen what calibration saw. With ``pixels``
-    the package takes uint8 pictures: their normalisation goes into the model. Drops are in the metric's own unit (top1:
+    the package takes uint8 pictures: their normalisation goes into the model. ``buckets`` (``x=1,3,48,320`` or
+    ``width=320``, one a text) are fixed shapes: a file each, with the same weights, and inputs are padded to the
+    smallest that holds them, with 0 or what ``pad`` (``x=-1``) says. Drops are in the metric's own unit (top1:
     a fraction, .005 is half a point). What ships is what was measured: when no quantized model keeps the limits and
     beats float, the best float model ships and the report says so. Raises an EdgeqError for what the caller can mend.
     """
@@ -110,13 +116,16 @@ def export(
     chosen_target = target_of(target, threads)
     plan = recipes.parse(recipe, steps.KNOWN)
     check_form(form)
+    check_buckets(buckets, pad, form, pixels=pixels)
     check_free(out, force=force)
     names = labels_of(labels)
     if dump is not None:
         check_writable(Path(dump) / "any")
     source, info, calibrate, held_out = _read(
-        model, chosen_target, calibration, evaluation, synthetic, preprocessing, inputs, limit, seed, recorder
-    )
+        model, chosen_target, calibration, evaluation, synthetic, preprocessing, inputs, limit, seed, recorder,
+        loose=bool(buckets),
+    )  # fmt: skip
+    shapes, calibrate, held_out = bucketed(source, buckets, pad, calibrate, held_out, recorder)
     how = normalisation(calibrate, preprocessing_of(preprocessing), source) if pixels else None
     if how is not None:
         held_out = as_pixels(held_out, str(picture_of(source).name), how)
@@ -124,31 +133,32 @@ def export(
     more = statistics_of(statistics, info.digest)
     context = Context(
         chosen_target, Oracle(chosen_target), calibrate, recorder, Store(), max(chosen_target.threads), seed,
-        elsewhere=None if more is None else (source, more),
+        elsewhere=None if more is None else (source, more), buckets=shapes,
     )  # fmt: skip
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="edgeq-", ignore_cleanup_errors=True)))
         reference = folder / "reference.onnx"
-        emit(source, chosen_target, reference)
+        emit(source.clone(), chosen_target, reference)
         prepared = steps.apply(plan, source, context)
         judge = Judge(
             reference, held_out, metric=metric, limits=wanted.limits(), threads=max(chosen_target.threads),
-            provider=chosen_target.execution,
+            provider=chosen_target.execution, opener=opener(shapes),
         )  # fmt: skip
-        after = postprocessing_of(postprocessing, names, _repeated(reference, held_out))
+        after = postprocessing_of(postprocessing, names, _repeated(reference, take(held_out, GOLDEN_SAMPLES)))
         floats = _floats(source, prepared, reference, judge, context, folder)
-        seen = floats[-1].checks or judge(reference, chosen_target.simulation)
+        seen = floats[-1].checks or judge(floats[0].path, chosen_target.simulation)
         timed = not elsewhere(chosen_target)
         refuse_unmeasured(wanted.limits(), seen, timed=timed)  # before the long work, not after
-        feeds = [*take(held_out, TIMED_SAMPLES)]
+        feeds = at_largest(take(held_out, TIMED_SAMPLES), shapes)
         settled = settle(floats, prepared.quantizer, judge, feeds, context, folder)
-        validation = _validate(settled, floats, judge, held_out, wanted, context)
+        validation = _validate(settled, floats, judge, feeds, len(held_out), wanted, context)
         report = _report(settled, validation, info, plan, prepared, calibrate, held_out, context)
-        report = report if how is None else replace(report, source={**report.source, "pixels": how.to_dict()})
+        inside = {"pixels": how.to_dict()} if how else {"buckets": shapes} if shapes else {}
+        report = replace(report, source={**report.source, **inside})
         if dump is not None:
             _dump(Path(dump), source, prepared, settled)
         words = {key: value for key, value in source.metadata_props.items() if value}
-        golden = _golden(settled.chosen, reference, held_out, chosen_target)
+        golden = _golden(settled.chosen, reference, held_out, context)
         package = Package(
             settled.chosen.path, report, golden, held_out.preprocessing, names, words, after,
             kernels=_libraries(settled.chosen.path),
@@ -169,11 +179,15 @@ def _read(
     limit: int | None,
     seed: int,
     recorder: Recorder,
+    *,
+    loose: bool,
 ) -> tuple[ir.Model, SourceInfo, Samples, Samples]:
     """The model, and samples to calibrate and to evaluate on."""
     settings = samples_settings(model, preprocessing)
     spec = samples_spec(calibration, synthetic, "calibration", "-c")
-    source, info, samples = read_with_samples(model, spec, target, recorder, inputs=inputs, limit=limit, **settings)
+    source, info, samples = read_with_samples(
+        model, spec, target, recorder, inputs=inputs, limit=limit, loose=loose, **settings
+    )
     if evaluation is not None:
         held_out = load_samples(samples_spec(evaluation, synthetic, "evaluation", "-e"), source, **settings)
     elif samples.synthetic:
@@ -191,12 +205,14 @@ def _floats(
 ) -> list[Draft]:
     """The float files that could ship: as read, and as prepared when that kept the results."""
     drafts = [Draft("float as given", reference, source)]
+    if context.buckets:
+        drafts = [_padded(source, judge, context, folder)]
     if prepared.model is not source:
         path, proof = folder / "prepared.onnx", folder / "prepared-rounded.onnx" if prepared.halved else None
         lowered = context.lower(prepared.model)
-        emit(lowered.clone(), context.target, path)
+        context.emit(lowered.clone(), path)
         if proof is not None:
-            emit(rounded(lowered), context.target, proof)
+            context.emit(rounded(lowered), proof)
         with context.recorder.step("judge") as facts:
             facts["draft"] = "float prepared"
             checks = tuple(judge(proof or path, context.target.simulation))
@@ -209,22 +225,34 @@ def _floats(
     return drafts
 
 
+def _padded(source: ir.Model, judge: Judge, context: Context, folder: Path) -> Draft:
+    """The float file in its buckets, and a notice of what padding alone does to it."""
+    path = folder / "float.onnx"
+    context.emit(source, path)
+    with context.recorder.step("judge") as facts:
+        facts["draft"] = "float as given"
+        draft = Draft("float as given", path, source, checks=tuple(judge(path, context.target.simulation)))
+    padding_told(draft.checks, draft.missed, context.recorder)
+    return draft
+
+
 def _validate(
-    settled: Settled, floats: Sequence[Draft], judge: Judge, held_out: Samples, wanted: Wanted, context: Context
-) -> Validation:
+    settled: Settled, floats: Sequence[Draft], judge: Judge, feeds: Sequence[Feed], count: int, wanted: Wanted,
+    context: Context,
+) -> Validation:  # fmt: skip
     """The choice measured once more, longer and beside every float file: what ships is what this says."""
     target, chosen, limits = context.target, settled.chosen, wanted.limits()
-    sizes = size(floats[0].path, chosen.path, limits)
+    sizes = size(floats[0].path, chosen.path, limits, found=_sharing(chosen.path, context))
     if elsewhere(target):
-        with context.recorder.step("validate", len(held_out)):
+        with context.recorder.step("validate", count):
             accurate = _accuracy(chosen, judge, target)
         return Validation((*accurate, *sizes), {})
     configs = [TimedConfig(draft.name, draft.path, provider=target.execution) for draft in floats]
     artifact = TimedConfig("artifact", chosen.path, provider=target.execution)
-    with context.recorder.step("validate", len(held_out)):
+    with context.recorder.step("validate", count):
         accurate = _accuracy(chosen, judge, target)
         fast = latency(
-            configs, artifact, [*take(held_out, TIMED_SAMPLES)], threads=target.threads, limits=limits,
+            configs, artifact, feeds, threads=target.threads, limits=limits,
             max_seconds=VALIDATE_SECONDS, seed=context.seed,
         )  # fmt: skip
     checks = (*accurate, *fast.checks, *sizes)
@@ -239,6 +267,11 @@ def _libraries(model: Path) -> dict[str, Path]:
     return {kernels.system(): library} if isinstance(library, Path) else {}
 
 
+def _sharing(path: Path, context: Context) -> int | None:
+    """Bytes of all files of the buckets, with weights once; None without buckets."""
+    return sharing_bytes(context.files(path)) if context.buckets else None
+
+
 def _against_itself(check: Check) -> Check:
     """A float file that ships is compared with itself: its ratio is noise around 1 and no limit of ours may fail it."""
     if not check.name.startswith("latency_ratio") or check.limit != 1.0:
@@ -246,9 +279,9 @@ def _against_itself(check: Check) -> Check:
     return replace(check, limit=None, passed=True, note=f"{check.note}; the float model itself ships")
 
 
-def _repeated(model: Path, samples: Samples, provider: Provider = CPU) -> Golden:
-    """Some runs of a file, without tolerances."""
-    session, feeds = open_session(model, provider=provider), [*take(samples, GOLDEN_SAMPLES)]
+def _repeated(model: Path, samples: Samples, provider: Provider = CPU, opened: Opener = open_session) -> Golden:
+    """Runs of a file, without tolerances."""
+    session, feeds = opened(model, provider=provider), [*samples]
     return Golden(tuple(feeds), tuple(run_session(session, feed) for feed in feeds), {})
 
 
@@ -258,13 +291,15 @@ def _accuracy(chosen: Draft, judge: Judge, target: Target) -> tuple[Check, ...]:
     return (judged and chosen.checks) or judge(chosen.path)
 
 
-def _golden(chosen: Draft, reference: Path, held_out: Samples, target: Target) -> Golden:
+def _golden(chosen: Draft, reference: Path, held_out: Samples, context: Context) -> Golden:
     """Runs an installed package must repeat. Another CPU may round elsewhere, but not by more than quantization itself
     errs: the tolerance is the largest distance of the shipped file, or its proof, from the float model as read, and at
     least 1e-4 of the output's peak."""
-    shipped = _repeated(chosen.path, held_out, target.execution)
-    exact = _repeated(reference, held_out)
-    proved = _repeated(chosen.proof, held_out).outputs if chosen.proof is not None else ()
+    opened = opener(context.buckets)
+    some = one_each(held_out, context.buckets) if context.buckets else take(held_out, GOLDEN_SAMPLES)
+    shipped = _repeated(chosen.path, some, context.target.execution, opened)
+    exact = _repeated(reference, some)
+    proved = _repeated(chosen.proof, some, opened=opened).outputs if chosen.proof is not None else ()
     tolerances: dict[str, float] = {}
     for output, truth in zip((*shipped.outputs, *proved), exact.outputs * (2 if proved else 1), strict=True):
         for name, array in output.items():

@@ -70,11 +70,11 @@ class Quantizer:
         self.bias = bias
         self.asked_ranges = ranges
         self.ranges: encoding.Ranges | None = None if ranges in ("auto", "search") else encoding.Ranges(ranges, ranges)
-        first = context.calibration.read(0)
-        self.shapes = concrete_shapes(model, first)
+        self.shapes = concrete_shapes(model, context.example())
+        oracle = context.oracle.at(self.shapes) if context.buckets else context.oracle
         with context.recorder.step("oracle") as facts:
-            self.atoms = placement.find_atoms(model, context.target, context.oracle)
-            facts.update(atoms=len(self.atoms), probes=context.oracle.sessions)
+            self.atoms = placement.find_atoms(model, context.target, oracle)
+            facts.update(atoms=len(self.atoms), probes=oracle.sessions)
         self.costs = placement.default_costs(self.atoms, self.shapes)
         moved = [node for node in model.graph if node.outputs and codes_of(node.outputs[0]) is not None]
         self.keep_float = {**context.keep_float, **dict.fromkeys((str(node.name) for node in moved), PIXELS)}
@@ -230,7 +230,7 @@ class Quantizer:
             model = self.build(plan)
             read = read_back if self.context.target.provider == CPU.name else taken.read_back
             lowered, _ = fuse(model, self.context.target)
-            seen, wrong = read(lowered, plan, self.shapes, self.context.target)
+            seen, wrong = read(self.context.at_largest(lowered), plan, self.shapes, self.context.target)
             if not wrong:
                 break
             self.keep_float.update(wrong)

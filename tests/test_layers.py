@@ -32,6 +32,7 @@ LAYERS = {
     "packaging": 8,
     "recipe": 9,
     "context": 9,
+    "bucketing": 9,
     "halving": 9.3,
     "pixels": 9,
     "quantizer": 9.3,

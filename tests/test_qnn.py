@@ -22,6 +22,7 @@ from edgeq.ahead import compile_for
 from edgeq.context import Context
 from edgeq.errors import ModelError, OutputError, RuntimeUnavailableError, SampleError, TargetError, UsageError
 from edgeq.ir import io
+from edgeq.packaging import read_directory
 from edgeq.report.record import Report
 from edgeq.report.recorder import Recorder
 from edgeq.run.session import open_session, run_session
@@ -31,7 +32,7 @@ from edgeq.target.load import load_target
 from edgeq.target.oracle import Oracle
 from edgeq.target.patterns import table
 from edgeq.target.provider import assigned, open_on
-from tests import small_net
+from tests import small_net, test_buckets
 from tests.bench.forecast import compare
 from tests.graphs import graph, normal, ops
 from tests.placed import samples_of
@@ -158,12 +159,35 @@ def test_limit_on_latency_is_refused_on_an_emulator(files: Path, tmp_path: Path)
 def test_shapes_that_differ_are_an_error(tmp_path: Path) -> None:
     edgeq.ir.io.write(graph("(float[1,3,H,8] x) => (float[1,3,H,8] y) { y = Relu(x) }"), tmp_path / "net.onnx")
     np.savez(tmp_path / "one.npz", x=np.zeros((2, 3, 8, 8), np.float32))
-    with pytest.raises(UsageError, match="takes fixed shapes only"):
+    with pytest.raises(UsageError, match="takes fixed shapes only") as error:
         edgeq.export(tmp_path / "net.onnx", target=TARGET, calibration="tests.test_qnn:two_shapes", out=tmp_path / "o")
+    assert "--bucket x=1,3,8,8" in error.value.hint
 
 
 def two_shapes() -> list[dict[str, np.ndarray]]:
     return [{"x": np.ones((1, 3, height, 8), np.float32)} for height in (8, 16)]
+
+
+@pytest.mark.parametrize("recipe", [*RECIPES.values(), "canonicalize; half"])
+def test_buckets_run_whole_on_the_npu(recipe: str, tmp_path: Path) -> None:
+    """Each file, opened by the package's own loader, for widths between."""
+    edgeq.ir.io.write(test_buckets.net(), tmp_path / "net.onnx")
+    report = edgeq.export(
+        tmp_path / "net.onnx", out=tmp_path / "net.edgeq", target=TARGET, recipe=recipe, metric="cosine", max_drop=0.05,
+        calibration="tests.test_buckets:lines", evaluation="tests.test_buckets:held_out", buckets=["W=32", "W=64"],
+    )  # fmt: skip
+    assert report.passed and report.artifact is not None
+    variant = read_directory(tmp_path / "net.edgeq").variants[0]
+    for file in variant.files:
+        assert set(on_cpu(file)) <= {"QuantizeLinear", "DequantizeLinear"}
+    code = (
+        f"import runpy, numpy; session = runpy.run_path({str(tmp_path / 'net.edgeq' / 'load.py')!r})['load']()\n"
+        "shapes = [session.run(None, {'x': numpy.ones((1, 1, 8, width), 'f4')})[0].shape for width in (7, 33, 64)]\n"
+        "print(session.get_providers()[0], shapes)"
+    )
+    environment = {**os.environ, "EDGEQ_STATE": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+    assert done.stdout.splitlines()[-1:] == [f"{PROVIDER} [(1, 2, 6), (1, 9, 6), (1, 16, 6)]"], done.stderr
 
 
 # --- what providers don't check -------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 @options.pixels
 @options.answers
 @options.inputs
+@options.buckets
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Use at most N calibration samples.")
 @click.option(
     "--statistics",
@@ -58,6 +59,7 @@ def export(model: str, out: Path | None, inputs: tuple[str, ...], quiet: bool, *
     edgeq export net.onnx -c photos/ -o net.edgeq
     edgeq export net.onnx -c calib.npz -e eval.npz --metric top1 --max-drop 0.005
     edgeq export my.nets:make_net -t cpu-arm64 --input x=1,3,224,224 -c my.data:samples
+    edgeq export lines.onnx -t npu-qnn-v75 --bucket x=1,3,48,160 --bucket x=1,3,48,320 -c lines/
     """
     from edgeq.pipeline import export as run
 

@@ -46,6 +46,13 @@ target = click.option("-t", "--target", default="local", show_default=True, help
 inputs = click.option(
     "--input", "inputs", multiple=True, metavar="NAME=1,3,224,224", help="Pin an input's shape; repeat for several."
 )
+buckets = _together(
+    click.option(
+        "--bucket", "buckets", multiple=True, metavar="NAME=1,3,48,320",
+        help="A fixed shape that inputs are padded to, or DIMENSION=320; repeat for several.",
+    ),
+    click.option("--pad", multiple=True, metavar="NAME=0", help="What fills an input up to its bucket.  [default: 0]"),
+)  # fmt: skip
 threads = click.option("--threads", callback=_threads, metavar="1,2", help="Thread counts latency is measured at.")
 seed = click.option("--seed", type=int, default=0, show_default=True, help="Seed of everything random.")
 preprocessing = click.option("--preprocessing", metavar="FILE", help="JSON on how images become inputs.")

@@ -19,6 +19,7 @@ from edgeq.packaging.place import check_free, check_writable, is_package, packag
 from edgeq.packaging.postprocess import Postprocessing, labels_of, postprocessing_of
 from edgeq.packaging.record import Golden, Package, Variant
 from edgeq.packaging.sign import create_key, read_public, sign
+from edgeq.packaging.tensors import sharing_bytes
 from edgeq.packaging.web import write_web
 from edgeq.packaging.wheel import write_wheel
 from edgeq.packaging.zipped import write_zip
@@ -34,7 +35,10 @@ PACKAGES = {
     "ios": write_ios,
 }
 
+BUCKETED = ("dir", "zip", "python", "oci")  # those whose loader is load.py, which pads and cuts
+
 __all__ = [
+    "BUCKETED",
     "PACKAGES",
     "Golden",
     "Package",
@@ -53,6 +57,7 @@ __all__ = [
     "read_directory",
     "read_manifest",
     "read_public",
+    "sharing_bytes",
     "sign",
     "unpacked",
     "verify_package",

@@ -10,7 +10,7 @@ from typing import Any
 
 from edgeq.ir import io
 from edgeq.packaging.manifest import MANIFEST, OLDEST_RUNTIME
-from edgeq.packaging.project import fill_templates, name_of, project, refuse_text
+from edgeq.packaging.project import fill_templates, name_of, project, refuse_unread
 from edgeq.packaging.record import Package
 
 ORT_ANDROID = "1.24.0"
@@ -19,7 +19,7 @@ ASSETS = "src/main/assets"
 
 def write_android(package: Package, out: Path, *, force: bool = False) -> Path:
     """A Gradle module: assets, a Kotlin loader that checks itself, operators for a smaller runtime."""
-    refuse_text(package, "android")
+    refuse_unread(package, "android")
     out, name = out.resolve(), name_of(package)
     inner = f"{ASSETS}/edgeq/{name}"
     with project(package, out, "android", inner, force=force) as (folder, manifest):

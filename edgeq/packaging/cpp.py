@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeq.packaging.manifest import MANIFEST, SUM
-from edgeq.packaging.project import fill_templates, name_of, project, refuse_text
+from edgeq.packaging.project import fill_templates, name_of, project, refuse_unread
 from edgeq.packaging.record import Package
 from edgeq.run.device.runners import NATIVE
 
@@ -19,7 +19,7 @@ INNER = "package"
 
 def write_cpp(package: Package, out: Path, *, force: bool = False) -> Path:
     """A CMake project: a C++17 loader that checks itself, and a program; needs libonnxruntime when it runs."""
-    refuse_text(package, "cpp")
+    refuse_unread(package, "cpp")
     out = out.resolve()
     with project(package, out, "cpp", INNER, force=force) as (folder, manifest):
         fill_templates("cpp", folder, {"NAME": name_of(package)})

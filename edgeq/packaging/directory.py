@@ -33,7 +33,7 @@ from edgeq.packaging.record import Package, Variant
 from edgeq.packaging.sign import sign
 from edgeq.packaging.tensors import write_sharing
 from edgeq.report import codec, html
-from edgeq.run import pictures
+from edgeq.run import buckets, pictures
 from edgeq.run.session import RUNTIME_ERRORS
 from edgeq.target.provider import first_line
 
@@ -74,11 +74,13 @@ def fill(package: Package, folder: Path) -> dict[str, Any]:
 
 def loader_text() -> str:
     """``load.py``: the loader with the code it imports from edgeq in place of the import."""
-    text, held = (inspect.getsource(module) for module in (loader, pictures))
-    before, line, after = text.partition("from edgeq.run.pictures import ")
-    _, _, after = after.partition("\n")
-    assert line, "the loader imports its pictures in one line"
-    return before + held.partition("import numpy as np\n")[2].strip() + "\n" + after
+    text = inspect.getsource(loader)
+    for module in (buckets, pictures):
+        before, line, after = text.partition(f"from {module.__name__} import ")
+        assert line, f"the loader imports {module.__name__} in one line"
+        held = inspect.getsource(module).partition("import numpy as np\n")[2].strip()
+        text = before + held + "\n" + after.partition("\n")[2]
+    return text
 
 
 def report_file(model: str) -> str:
@@ -88,11 +90,12 @@ def report_file(model: str) -> str:
 
 def _write_models(variants: tuple[Variant, ...], folder: Path) -> list[str]:
     """File names by variant. One model keeps the form it has; several share what they have in common."""
-    if len(variants) == 1:
+    if len(variants) == 1 and not variants[0].buckets:
         _copy_model(variants[0].model, folder)
         return [MODEL]
     names = [MODEL, *(f"{re.sub(r'[^A-Za-z0-9._-]', '-', variant.name)}.onnx" for variant in variants[1:])]
-    write_sharing([variant.model for variant in variants], [folder / name for name in names])
+    places = [file for one, name in zip(variants, names, strict=True) for file in one.beside(folder / name)]
+    write_sharing([file for variant in variants for file in variant.files], places)
     return names
 
 

@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 
 from edgeq.packaging.manifest import MANIFEST
-from edgeq.packaging.project import fill_templates, name_of, project, refuse_text
+from edgeq.packaging.project import fill_templates, name_of, project, refuse_unread
 from edgeq.packaging.record import Package
 
 ORT_IOS = "1.24.0"
@@ -14,7 +14,7 @@ ORT_IOS = "1.24.0"
 
 def write_ios(package: Package, out: Path, *, force: bool = False) -> Path:
     """A Swift package: resources and a loader that checks itself; generated, never compiled by edgeq's tests."""
-    refuse_text(package, "ios")
+    refuse_unread(package, "ios")
     out = out.resolve()
     module = "".join(word.capitalize() for word in name_of(package).split("-")) + "Model"
     inner = f"Sources/{module}/package"

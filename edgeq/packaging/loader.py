@@ -17,28 +17,30 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import onnxruntime as ort
 
+from edgeq.run.buckets import Bucketed  # load.py holds that file in place of this line
 from edgeq.run.pictures import canary_picture, preprocess  # load.py holds that file in place of this line
 
 HERE = Path(__file__).parent
 RUNS = 5  # of a golden run, to tell which variant is fastest
 CLEARLY = 0.95  # a later variant must beat the preferred one by more than noise
 SETTLED_SECONDS = 0.1  # a file changed less than this ago could change again within one tick of the clock
+Session: TypeAlias = ort.InferenceSession | Bucketed  # the latter of any shape up to its largest file's
 
 
 class Choice(NamedTuple):
     """An open variant, and why those before it aren't used."""
 
-    session: ort.InferenceSession
+    session: Session
     variant: str
     passed_over: tuple[str, ...] = ()
 
 
-def load(folder: Path = HERE, threads: int = 0, *, trust: bytes = b"", fresh: bool = False) -> ort.InferenceSession:
+def load(folder: Path = HERE, threads: int = 0, *, trust: bytes = b"", fresh: bool = False) -> Session:
     """Verified session. ValueError: altered, or wrong results. RuntimeError: this machine lacks what it needs."""
     return choose(folder, threads, trust=trust, fresh=fresh).session
 
@@ -135,7 +137,14 @@ def _check_machine(folder: Path, needs: dict[str, Any]) -> None:
         raise RuntimeError(f"{folder} can't run here: this machine lacks {', '.join(missing)}")
 
 
-def _open(folder: Path, variant: dict[str, Any], threads: int) -> ort.InferenceSession:
+def _open(folder: Path, variant: dict[str, Any], threads: int) -> Session:
+    how = variant.get("buckets")
+    if how:
+        return Bucketed(how, [_session(folder, {**variant, "model": model}, threads) for model in how["models"]])
+    return _session(folder, variant, threads)
+
+
+def _session(folder: Path, variant: dict[str, Any], threads: int) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     for key, value in variant["session"].items():
@@ -169,7 +178,7 @@ def _add_kernels(folder: Path, variant: dict[str, Any], options: ort.SessionOpti
             warnings.warn(f"{folder / name} isn't used, which only takes longer: {fault}", stacklevel=2)
 
 
-def _check_golden(folder: Path, session: ort.InferenceSession, golden: dict[str, Any], file: str) -> Callable[[], Any]:
+def _check_golden(folder: Path, session: Session, golden: dict[str, Any], file: str) -> Callable[[], Any]:
     """ValueError unless every golden run is repeated; returns the first of them, to be timed."""
     data = (folder / file).read_bytes()
     feeds = []

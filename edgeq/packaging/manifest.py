@@ -8,7 +8,7 @@ there is one, is a signature of the manifest and so of all.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +48,16 @@ def manifest(
     """The manifest of a package whose files lie in ``folder`` already: ``models[i]`` is the file, ``golden[i]`` the
     golden runs and ``libraries[i]`` the libraries of kernels of variant i."""
     first = io.read(folder / models[0])
-    needed = {GOLDEN, *(path.as_posix() for name in models for path in io.model_files(folder / name))}
+    files = [file for one, name in zip(package.variants, models, strict=True) for file in one.beside(folder / name)]
+    needed = {GOLDEN, *(path.as_posix() for file in files for path in io.model_files(file))}
+    inputs = [value for value in first.graph.inputs if value.name not in first.graph.initializers]
+    opened = _open_axes(package.variants[0])
     return {
         "schema": SCHEMA,
         "versions": {"edgeq": __version__, "onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__},
         "variants": [_variant(*row, folder) for row in zip(package.variants, models, golden, libraries, strict=True)],
-        "inputs": [_signature(value) for value in first.graph.inputs if value.name not in first.graph.initializers],
-        "outputs": [_signature(value) for value in first.graph.outputs],
+        "inputs": [_signature(value, opened) for value in inputs],
+        "outputs": [_signature(value, opened) for value in first.graph.outputs],
         "golden": GOLDEN,
         "preprocessing": dict(package.preprocessing),
         "canary": canary(package.preprocessing),
@@ -89,6 +92,7 @@ def _variant(
         "session": dict(target.get("session", {})),
         "golden": golden,
         "kernels": libraries,
+        **({"buckets": _buckets(variant, model)} if variant.buckets else {}),
         "checks": {check.name: check.value for check in variant.report.checks},
         "decisions": {
             "kernels": {} if coverage is None else dict(coverage.kernels),
@@ -96,6 +100,19 @@ def _variant(
             "formats": {str(row["name"]): str(row.get("format", "")) for row in variant.report.layers},
         },
     }
+
+
+def _buckets(variant: Variant, model: str) -> dict[str, Any]:
+    """What the loader needs to choose a file, pad its inputs and cut its outputs."""
+    return {"models": [file.name for file in variant.beside(Path(model))], **variant.buckets}
+
+
+def _open_axes(variant: Variant) -> set[tuple[str, int]]:
+    """Axes of inputs and outputs that have any size up to the largest bucket's."""
+    if not variant.buckets:
+        return set()
+    inputs = {(name, axis) for name, axes in variant.buckets["open"].items() for axis in axes}
+    return inputs | {(row["output"], row["axis"]) for row in variant.buckets["cuts"]}
 
 
 def canary(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
@@ -130,9 +147,10 @@ def _needed_isa(report: Report) -> list[str]:
     return [entry for entry in entries if not (certified and VNNI_FLAGS.issuperset(entry.split("|")))]
 
 
-def _signature(value: ir.Value) -> dict[str, Any]:
-    """Name, ONNX element type and shape; a dynamic dimension is its name, or null without one."""
+def _signature(value: ir.Value, opened: Set[tuple[str, int]]) -> dict[str, Any]:
+    """Name, ONNX element type and shape; a dynamic dimension is its name, or null without one; ``opened`` are null."""
     dims = [dim if isinstance(dim, int) else dim.value for dim in value.shape or ()]
+    dims = [None if (value.name, axis) in opened else dim for axis, dim in enumerate(dims)]
     return {"name": value.name, "dtype": value.dtype.name if value.dtype else "UNDEFINED", "shape": dims}
 
 

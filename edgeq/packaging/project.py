@@ -56,8 +56,13 @@ def _filled(text: str, words: Mapping[str, str]) -> str:
     return re.sub(r"@([A-Z_]+)@", lambda found: words[found[1]], text)
 
 
-def refuse_text(package: Package, form: str) -> None:
-    """PackageError when a golden input is text, which the loaders of apps don't read."""
+def refuse_unread(package: Package, form: str) -> None:
+    """PackageError for what the loaders of apps don't read: text as a golden input, buckets."""
+    if any(variant.buckets for variant in package.variants):
+        raise PackageError(
+            f"the package has shape buckets, the loader of the form {form!r} takes models of one shape",
+            hint="use the form dir, zip, python or oci, or export with --input instead of --bucket",
+        )
     for name, array in (package.golden.inputs[0] if package.golden.inputs else {}).items():
         if array.dtype.kind in "OU":
             raise PackageError(

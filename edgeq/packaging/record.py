@@ -7,7 +7,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from edgeq.errors import PackageError
 from edgeq.report.record import Report
+from edgeq.run.buckets import Buckets, bucket_files
 from edgeq.run.record import Feed
 
 COMPARED = "fiub"  # kinds of dtypes that have a distance
@@ -41,6 +43,32 @@ class Variant:
     report: Report
     golden: Golden
     kernels: Mapping[str, Path] = field(default_factory=dict)
+
+    @property
+    def buckets(self) -> Buckets:
+        """The fixed shapes it has a file for each, as ``run.buckets`` has them; empty for one model of any shape."""
+        found: Buckets = self.report.source.get("buckets", {})
+        return found
+
+    @property
+    def files(self) -> list[Path]:
+        """Its model, or those of its buckets, the largest last."""
+        return self.beside(self.model)
+
+    @property
+    def only(self) -> Path:
+        """Its model, for what takes one. PackageError where each bucket has its own."""
+        if self.buckets:
+            names = ", ".join(file.name for file in self.files)
+            raise PackageError(
+                f"{str(self.model.parent)!r} holds a model for each of {len(self.files)} shapes, and this takes one",
+                hint=f"name one of them, in that folder: {names}",
+            )
+        return self.model
+
+    def beside(self, model: Path) -> list[Path]:
+        """What its files are called where the model lies at another place."""
+        return bucket_files(model, len(self.buckets["shapes"]) if self.buckets else 1)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ channels) stay in the models, where they cost less than a reference.
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,6 +32,13 @@ def write_sharing(models: Sequence[Path], files: Sequence[Path]) -> None:
                 if value.const_value is not None and value.const_value.nbytes >= SHARED_BYTES:
                     value.const_value = _stored(value.const_value, store, places)
         file.write_bytes(io.to_bytes(model))  # not io.write, which would move large weights to a file of their own
+
+
+def sharing_bytes(models: Sequence[Path]) -> int:
+    """What ``models`` take in one package."""
+    with tempfile.TemporaryDirectory(prefix="edgeq-", ignore_cleanup_errors=True) as folder:
+        write_sharing(models, [Path(folder) / f"{index}.onnx" for index in range(len(models))])
+        return sum(path.stat().st_size for path in Path(folder).iterdir())
 
 
 def _stored(tensor: ir.TensorProtocol, store: Path, places: dict[str, int]) -> ir.ExternalTensor:

@@ -88,7 +88,7 @@ def take(samples: Samples, count: int) -> Samples:
         raise SampleError(f"{count} samples asked for, expected at least 1")
     if count >= len(samples):
         return samples
-    return _subset(samples, [index * len(samples) // count for index in range(count)])
+    return subset(samples, [index * len(samples) // count for index in range(count)])
 
 
 def split(samples: Samples, *, fraction: float = 0.5, seed: int = 0) -> tuple[Samples, Samples]:
@@ -100,10 +100,11 @@ def split(samples: Samples, *, fraction: float = 0.5, seed: int = 0) -> tuple[Sa
         )
     held_out = min(max(round(len(samples) * fraction), 1), len(samples) - 1)
     order = np.random.default_rng(seed).permutation(len(samples)).tolist()
-    return _subset(samples, sorted(order[held_out:])), _subset(samples, sorted(order[:held_out]))
+    return subset(samples, sorted(order[held_out:])), subset(samples, sorted(order[:held_out]))
 
 
-def _subset(samples: Samples, indices: list[int]) -> Samples:
+def subset(samples: Samples, indices: list[int]) -> Samples:
+    """The samples at these indices, in this order."""
     return replace(
         samples,
         count=len(indices),

@@ -20,6 +20,7 @@ import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 
 from edgeq.errors import ModelError, SampleError
+from edgeq.run.buckets import Bucketed
 from edgeq.run.record import Array, Feed, Timing
 from edgeq.target.context import check_context
 from edgeq.target.isolated import Argument, IsolatedSession
@@ -48,7 +49,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
 }
 
 RUNTIME_ERRORS = runtime_errors()
-Session: TypeAlias = onnxruntime.InferenceSession | IsolatedSession
+Session: TypeAlias = onnxruntime.InferenceSession | IsolatedSession | Bucketed
 
 
 @dataclass(frozen=True)

@@ -258,7 +258,7 @@ def _draft(
             context.recorder.info("no-gain", f"draft {name!r} is empty: no node left gains from integers here")
             return None
         path = folder / f"{name.replace(' ', '-').replace(',', '')}.onnx"
-        emit(context.lower(legalize(model, context.target)), context.target, path)
+        context.emit(context.lower(legalize(model, context.target)), path)
     return Draft(name, path, model, plan, seen, kept_float=extra or {}, quantizer=quantizer)
 
 
@@ -270,7 +270,8 @@ def _in_own_kernels(drafts: Sequence[Draft], judge: Judge, context: Context) -> 
     made = []
     for draft in drafts:
         with context.recorder.step("tabulate") as facts:
-            model, count = tabulate(verify.infer_shapes(io.read(draft.path)))
+            tabled = [tabulate(verify.infer_shapes(io.read(file))) for file in context.files(draft.path)]
+            model, count = tabled[-1]
             facts.update(draft=draft.name, tables=count)
         if not count or draft.plan is None or draft.quantizer is None:
             continue
@@ -278,7 +279,8 @@ def _in_own_kernels(drafts: Sequence[Draft], judge: Judge, context: Context) -> 
             context.recorder.info("no-kernels", f"functions of codes stay in the runtime's kernels: {lacking}")
             break
         path = draft.path.with_name(f"{draft.path.stem}-tables.onnx")
-        emit(model, context.target, path)
+        for (one, _), file in zip(tabled, context.files(path), strict=True):
+            emit(one, context.target, file)
         seen, _ = read_back(model, draft.plan, draft.quantizer.shapes, context.target)
         made.append(
             _judged(replace(draft, name=f"{draft.name}, {count} tables", path=path, coverage=seen), judge, context)

@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from copy import copy
 from dataclasses import astuple
 from itertools import pairwise
 from pathlib import Path
@@ -53,6 +54,13 @@ class Oracle:
         settings = sorted((*target.session.items(), *target.options.items()))
         self._prefix = " ".join(f"{key}={value}" for key, value in settings)
         self._known = _read_cache(self.path)
+        self._shapes: Mapping[str, tuple[int, ...]] = {}
+
+    def at(self, shapes: Mapping[str, tuple[int, ...]]) -> Oracle:
+        """The same oracle, asked about nodes whose values have these shapes, by name, whatever their model says."""
+        other = copy(self)
+        other._shapes = shapes
+        return other
 
     def ask(
         self,
@@ -69,7 +77,9 @@ class Oracle:
         edges = {value for index in indices if (value := _input(node, index)) is not None}
         if output == "quantized":
             edges |= {value for value in node.outputs if is_real(value)}
-        asked = question((node,), edges, self.target, shapes=shapes, activations=activations, weights=weights)
+        asked = question(
+            (node,), edges, self.target, shapes=shapes or self._shapes, activations=activations, weights=weights
+        )
         return self._answer(asked)[0]
 
     def ask_pattern(
@@ -84,7 +94,9 @@ class Oracle:
         """A verdict a node for neighbours asked together, in topological order, Q/DQ on the values of these names."""
         values = (value for node in nodes for value in (*node.inputs, *node.outputs) if value is not None)
         edges = {value for value in values if value.name in quantized_edges}
-        asked = question(nodes, edges, self.target, shapes=shapes, activations=activations, weights=weights)
+        asked = question(
+            nodes, edges, self.target, shapes=shapes or self._shapes, activations=activations, weights=weights
+        )
         return self._answer(asked)
 
     def _answer(self, asked: Question) -> tuple[Verdict, ...]:
@@ -98,7 +110,7 @@ class Oracle:
         """The provider that runs ``node`` without Q/DQ around it, "" where it is folded away."""
         if self.target.provider == CPU.name or holds_graph(node):
             return CPU.name
-        verdict = self._kept(question((node,), set(), self.target))[0]
+        verdict = self._kept(question((node,), set(), self.target, shapes=self._shapes))[0]
         gone = verdict.kind == "mover" and not verdict.kernel
         return "" if gone else verdict.provider or self.target.provider
 
@@ -107,7 +119,7 @@ class Oracle:
         the CPU's provider has none of these types and computes it between casts."""
         if holds_graph(node):
             return Verdict("float", node.op_type, "control flow runs in any type", CPU.name)
-        return self._kept(question((node,), set(), self.target), "types ", _in_types)[0]
+        return self._kept(question((node,), set(), self.target, shapes=self._shapes), "types ", _in_types)[0]
 
     def _kept(
         self, asked: Question, what: str = "", ask: Callable[[Question, Target], tuple[Verdict, ...]] | None = None

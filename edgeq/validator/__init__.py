@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,8 +21,9 @@ from edgeq.num.metrics import METRICS
 from edgeq.report.record import Check
 from edgeq.run.device import Device
 from edgeq.run.device.measure import Clock, outputs
-from edgeq.run.record import Samples, Timing
+from edgeq.run.record import Feed, Samples, Timing
 from edgeq.run.samples import take
+from edgeq.run.session import Session, open_session
 from edgeq.run.timing import TimedConfig
 from edgeq.target.record import CPU, Provider
 from edgeq.validator.judge import Judge, accuracy
@@ -72,13 +73,16 @@ def validate(
     max_seconds: float = 20.0,
     seed: int = 0,
     device: Device | None = None,
+    opener: Callable[..., Session] = open_session,
+    feeds: Sequence[Feed] = (),
 ) -> Validation:
     """Measure ``artifact`` against ``reference`` on ``samples``.
 
     ``metric`` is a name of METRICS or ``pkg.module:function`` (see ``Judge``); without one, integer labels and a
     class-like output mean top1. ``floats`` are more float configurations the artefact has to beat. Raises UsageError
     for a limit on what isn't measured. On a ``device`` the reference gives its outputs here, all else is measured
-    there; the clock of an emulated one proves nothing, so it is held to nothing.
+    there; the clock of an emulated one proves nothing, so it is held to nothing. ``opener`` opens the artefact to
+    judge it, ``feeds`` are what is timed if that isn't some of the samples.
     """
     limits, emulated = limits or {}, device is not None and bool(device.facts.emulator)
     with ExitStack() as stack:
@@ -86,7 +90,9 @@ def validate(
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="edgeq-", ignore_cleanup_errors=True))
             io.write(reference, Path(folder) / "reference.onnx")
             reference = Path(folder) / "reference.onnx"
-        judge = Judge(reference, samples, metric=metric, limits=limits, threads=max(threads), provider=provider)
+        judge = Judge(
+            reference, samples, metric=metric, limits=limits, threads=max(threads), provider=provider, opener=opener
+        )
         clock = Clock(device) if device else None
         tested = TimedConfig("artifact", artifact, provider=provider)
         accurate = judge.judged(outputs(device, tested, samples, judge.outputs)) if device else judge(artifact)
@@ -94,7 +100,7 @@ def validate(
         fast = latency(
             [TimedConfig("float", reference, provider=provider), *floats],
             tested,
-            [*take(samples, TIMED_SAMPLES)],
+            feeds or [*take(samples, TIMED_SAMPLES)],
             threads=threads,
             limits=limits,
             max_seconds=EMULATED_SECONDS if emulated else max_seconds,

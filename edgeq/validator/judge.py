@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from edgeq.num.intervals import Interval
 from edgeq.num.metrics import METRICS
 from edgeq.report.record import Check
 from edgeq.run.record import Array, Feed, Samples
-from edgeq.run.session import open_session, output_specs, run_session
+from edgeq.run.session import Session, open_session, output_specs, run_session
 from edgeq.source.import_path import load
 from edgeq.target.record import CPU, Provider
 from edgeq.validator.limits import AT_LEAST, Limits, held
@@ -45,7 +45,8 @@ WORST = {"snr_db": -np.inf, "cosine": -np.inf, "max_abs": np.inf}  # of outputs 
 class Judge:
     """Compares artefacts with one reference on one set of samples; a call is one artefact -> its accuracy checks.
 
-    The reference runs on the CPU, in its own float format, whatever ``provider`` the artefacts run on.
+    The reference runs on the CPU, in its own float format, whatever ``provider`` the artefacts run on;
+    ``opener`` opens these.
 
     A custom metric ``fn(values, label) -> float`` gets a sample's inputs and outputs by name and its label (None
     without labels); higher is better. With an attribute ``corpus = True`` it is called once as ``fn(list of values,
@@ -64,8 +65,9 @@ class Judge:
         limits: Limits | None = None,
         threads: int = 2,
         provider: Provider = CPU,
+        opener: Callable[..., Session] = open_session,
     ) -> None:
-        self.samples = samples
+        self.samples, self._open = samples, opener
         self._metric = metric
         self._settings: dict[str, Any] = {"threads": threads, "provider": provider}
         self._session = open_session(
@@ -85,7 +87,7 @@ class Judge:
         """Accuracy checks of one file, on ``provider`` where one is given, else on the judge's. ModelError when it has
         not all outputs of the reference."""
         settings = self._settings if provider is None else {**self._settings, "provider": provider}
-        session = open_session(artifact, **settings)
+        session = self._open(artifact, **settings)
         _same_outputs(self.outputs, session, artifact)
         return self.judged((feed, run_session(session, feed, self.outputs)) for feed in self.samples)
 

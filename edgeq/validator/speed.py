@@ -92,9 +92,12 @@ def _footprint_checks(timing: Timing, best: Timing, limits: Limits) -> list[Chec
     ]
 
 
-def size(reference: Path, artifact: Path, limits: Limits | None = None) -> tuple[Check, ...]:
-    """``size_bytes`` of the artefact and ``size_ratio`` to the reference, external data included."""
-    found, before = io.size_bytes(artifact), io.size_bytes(reference)
+def size(
+    reference: Path, artifact: Path, limits: Limits | None = None, *, found: int | None = None
+) -> tuple[Check, ...]:
+    """``size_bytes`` of the artefact and ``size_ratio`` to the reference, external data included; ``found``: of an
+    artefact of several files, counted already."""
+    found, before = io.size_bytes(artifact) if found is None else found, io.size_bytes(reference)
     note = f"float: {quantity(before, 'bytes')}"
     return (
         held("size_bytes", Interval(float(found), None, None), limits or {}, unit="bytes"),
