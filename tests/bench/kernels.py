@@ -56,8 +56,8 @@ def measured(name: str) -> Iterator[str]:
             found = compare(configs, feeds, threads=threads, max_seconds=SECONDS)
             to_float, to_plain = (ratio(found[configs[2].name], found[one]) for one in ("float", "integer"))
             yield (
-                f"{threads} threads: float {found['float'].median_ms:.3f} ms, integer {found['integer'].median_ms:.3f}, "
-                f"with {configs[2].name} {found[configs[2].name].median_ms:.3f}: {to_plain.value:.2f} of integer "
+                f"{threads} threads: float {found['float'].median_ms:.3f} ms, integer {found['integer'].median_ms:.3f},"
+                f" with {configs[2].name} {found[configs[2].name].median_ms:.3f}: {to_plain.value:.2f} of integer "
                 f"({to_plain.low:.2f} to {to_plain.high:.2f}), {to_float.value:.2f} of float"
             )
 
