@@ -68,7 +68,7 @@ npu: venv  ## Qualcomm's NPU; on x86-64 Linux its plug-in is an emulator. In CI 
 	$(BIN)/python -m tests.zoo fetch
 	$(BIN)/pytest -m qnn --durations 8
 
-environments: venv browser  ## 2.3 GB of Python environments for tests of OpenVINO, WebGPU and RKNN; without them these are skipped
+environments: venv browser  ## 2.5 GB of Python environments for tests of OpenVINO, WebGPU, RKNN and Core ML; without them these are skipped
 	$(BIN)/python -m tests.environments
 
 samples: venv

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnxruntime
 
 from edgeq.errors import ModelError, OutputError, UsageError
-from edgeq.given import model_file
+from edgeq.given import model_file, pins_of
+from edgeq.ir import io
 from edgeq.num.metrics import cosine, max_abs, snr_db
 from edgeq.packaging import read_directory
+from edgeq.rewrite.canonicalize import canonicalize
 from edgeq.run.record import Feed
 from edgeq.run.session import feeds_like, open_session, run_session
+from edgeq.source import read_model, tidy
 from edgeq.target.context import Compiled, compile_context
+from edgeq.target.coreml import compile_coreml
 from edgeq.target.detect import elsewhere
 from edgeq.target.load import load_target
 from edgeq.target.ort_format import write_ort
@@ -26,34 +30,64 @@ from edgeq.target.rknn import compile_rknn
 RUNS = 4  # that a compiled file repeats, where it is compared
 
 
-def compile_for(model: str | Path, targets: Sequence[str], out: str | Path, *, force: bool = False) -> list[Compiled]:
-    """A file of ``model`` (a file or a package) for each of ``targets``, in the folder ``out``: ``TARGET`` with the
-    suffix of its kind, and what belongs to it. All of them or, on an error, none. Raises ModelError, TargetError,
-    OutputError, and RuntimeUnavailableError where what compiles isn't here."""
+@dataclass(frozen=True)
+class Given:
+    """What is compiled: the file or package as given; the model file, a copy where inputs are pinned to shapes."""
+
+    source: Path
+    model: Path
+    pins: Mapping[str, tuple[int, ...]]
+
+
+def compile_for(
+    model: str | Path, targets: Sequence[str], out: str | Path, *, inputs: Sequence[str] = (), force: bool = False
+) -> list[Compiled]:
+    """A file of ``model`` (a file or a package, with the shapes of ``inputs`` pinned) for each of ``targets``, in the
+    folder ``out``: ``TARGET`` with the suffix of its kind, and what belongs to it. All of them or, on an error, none.
+    Raises ModelError, TargetError, OutputError, and RuntimeUnavailableError where what compiles isn't here."""
     chosen = [load_target(name) for name in targets]
     if len({target.name for target in chosen}) != len(chosen) or not chosen:
         raise UsageError(f"targets must differ, found {list(targets)}", hint="name each once")
     compilers = [_compiler(target) for target in chosen]
-    source, folder = Path(model), Path(out)
+    folder = Path(out)
     names = [f"{target.name}{suffix}" for target, (suffix, _) in zip(chosen, compilers, strict=True)]
     taken = [name for name in names if (folder / name).exists()]
     if taken and not force:
         raise OutputError(f"{folder / taken[0]} exists", hint="add --force to replace it, or choose another --out")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".edgeq-", dir=folder) as place:
-            made = [
-                compiler(source, target, Path(place) / name)
-                for target, name, (_, compiler) in zip(chosen, names, compilers, strict=True)
-            ]
-            for path in Path(place).iterdir():
-                shutil.move(path, folder / path.name)
-    except OSError as error:
-        raise OutputError(f"can't write {str(folder)!r}: {error.strerror}", hint="choose another --out") from error
+    with tempfile.TemporaryDirectory(prefix="edgeq-") as aside:
+        given = _given(Path(model), pins_of(inputs), Path(aside) / "pinned.onnx")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".edgeq-", dir=folder) as place:
+                made = [
+                    compiler(given, target, Path(place) / name)
+                    for target, name, (_, compiler) in zip(chosen, names, compilers, strict=True)
+                ]
+                for path in Path(place).iterdir():
+                    _move(path, folder / path.name)
+        except OSError as error:
+            raise OutputError(f"can't write {str(folder)!r}: {error.strerror}", hint="choose another --out") from error
     return [replace(one, path=folder / one.path.name) for one in made]
 
 
-def _compiler(target: Target) -> tuple[str, Callable[[Path, Target, Path], Compiled]]:
+def _given(source: Path, pins: Mapping[str, tuple[int, ...]], copy: Path) -> Given:
+    if not pins:
+        return Given(source, model_file(source), pins)
+    model = io.read(model_file(source))
+    tidy.free_dims(model)
+    tidy.pin(model, pins)
+    io.write(tidy.settle_shapes(model)[0], copy)
+    return Given(source, copy, pins)
+
+
+def _move(path: Path, to: Path) -> None:
+    """Some kinds of files are folders, which aren't moved over others."""
+    if to.is_dir():
+        shutil.rmtree(to)
+    shutil.move(path, to)
+
+
+def _compiler(target: Target) -> tuple[str, Callable[[Given, Target, Path], Compiled]]:
     if target.provider not in COMPILERS:
         raise ModelError(
             f"files for {target.provider} aren't compiled ahead of time", hint=f"targets of {', '.join(COMPILERS)} are"
@@ -61,42 +95,50 @@ def _compiler(target: Target) -> tuple[str, Callable[[Path, Target, Path], Compi
     return COMPILERS[target.provider]
 
 
-def _context(source: Path, target: Target, path: Path) -> Compiled:
-    return compile_context(model_file(source), target, path)
+def _context(given: Given, target: Target, path: Path) -> Compiled:
+    return compile_context(given.model, target, path)
 
 
-def _ort(source: Path, target: Target, path: Path) -> Compiled:
+def _ort(given: Given, target: Target, path: Path) -> Compiled:
     if away := elsewhere(target):
         raise ModelError(
             f"the runtime's format holds the kernels of this machine: {away}", hint=f"run it on a {target.name}"
         )
-    model = model_file(source)
-    write_ort(model, target, path)
-    runs, session = _runs(source), open_session(path, provider=target.execution)
+    write_ort(given.model, target, path)
+    runs, session = _runs(given), open_session(path, provider=target.execution)
     found = [run_session(session, feed) for feed, _ in runs]
     return Compiled(path, {"onnxruntime": onnxruntime.__version__}, fidelity=_fidelity(runs, found))
 
 
-def _rknn(source: Path, target: Target, path: Path) -> Compiled:
-    runs = _runs(source)
+def _rknn(given: Given, target: Target, path: Path) -> Compiled:
+    runs = _runs(given)
     (feed, expected) = runs[0]
-    sdk, found = compile_rknn(model_file(source), target, path, list(feed), list(expected), [feed for feed, _ in runs])
+    sdk, found = compile_rknn(given.model, target, path, list(feed), list(expected), [feed for feed, _ in runs])
     return Compiled(path, {"sdk": sdk, **target.options}, fidelity=_fidelity(runs, found))
 
 
+def _coreml(given: Given, target: Target, path: Path) -> Compiled:
+    """Its tools fold nothing and take no Constant nodes: they get the canonical form, in which Q/DQ stay."""
+    model, _ = read_model(given.model, opset=target.opset)
+    feed = feeds_like(open_session(model))
+    return compile_coreml(canonicalize(model, feeds=[feed])[0], given.source, target, path)
+
+
 # Provider -> suffix of its files, and what makes one from a model or package.
-COMPILERS: dict[str, tuple[str, Callable[[Path, Target, Path], Compiled]]] = {
+COMPILERS: dict[str, tuple[str, Callable[[Given, Target, Path], Compiled]]] = {
     "QNNExecutionProvider": (".onnx", _context),
     "RknpuExecutionProvider": (".rknn", _rknn),
+    "CoreMLExecutionProvider": (".mlpackage", _coreml),
     "CPUExecutionProvider": (".ort", _ort),
 }
 
 
-def _runs(source: Path) -> list[tuple[Feed, Feed]]:
+def _runs(given: Given) -> list[tuple[Feed, Feed]]:
     """What the CPU computes of a package's golden samples, or of random inputs where there is none."""
-    session = open_session(model_file(source))
-    golden = read_directory(source).variants[0].golden.inputs if source.is_dir() else ()
-    feeds = golden[:RUNS] or [feeds_like(session, seed) for seed in range(RUNS)]
+    session = open_session(given.model)
+    golden = read_directory(given.source).variants[0].golden.inputs if given.source.is_dir() else ()
+    fitting = [feed for feed in golden[:RUNS] if all(feed[name].shape == shape for name, shape in given.pins.items())]
+    feeds = fitting or [feeds_like(session, seed) for seed in range(RUNS)]
     return [(dict(feed), run_session(session, feed)) for feed in feeds]
 
 

@@ -1,6 +1,6 @@
 """Files compiled ahead of time that need no NPU: .ort for minimal builds, .rknn in Rockchip's simulator.
 
-Contexts of Qualcomm's NPUs: tests/test_qnn.py."""
+Contexts of Qualcomm's NPUs: tests/test_qnn.py; packages for Core ML: tests/test_coreml.py."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ import pytest
 
 import edgeq
 from edgeq.ahead import compile_for
-from edgeq.errors import ModelError, OutputError, RuntimeUnavailableError
+from edgeq.cli import main
+from edgeq.errors import ModelError, OutputError, RuntimeUnavailableError, UsageError
 from edgeq.ir import io
-from edgeq.run.session import open_session, run_session
+from edgeq.packaging import write_directory
+from edgeq.run.session import input_specs, open_session, run_session
 from edgeq.target.detect import local_name
 from edgeq.target.load import load_target
 from tests import small_net
 from tests.environments import needed
 from tests.graphs import graph, normal
+from tests.packaged import classifier
 from tests.placed import placed
 
 RKNN = "npu-rknn-rk3588"
@@ -49,6 +52,19 @@ def test_ort_file_computes_the_same_and_lists_its_kernels(tmp_path: Path) -> Non
     with pytest.raises(OutputError, match=r"\.ort exists"):
         compile_for(source, ["local"], out)
     compile_for(source, ["local"], out, force=True)
+
+
+def test_shapes_of_inputs_are_pinned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A package's golden samples serve where they have that shape, else random ones do."""
+    write_directory(classifier(tmp_path / "made"), tmp_path / "net.edgeq")
+    for batch in (1, 2):
+        arguments = ["compile", str(tmp_path / "net.edgeq"), "-t", "local", "-o", str(tmp_path / "out"), "--force"]
+        assert main([*arguments, "--input", f"image={batch},3,32,32"]) == 0
+        (spec,) = input_specs(open_session(tmp_path / "out" / f"{local_name()}.ort"))
+        assert spec.shape == (batch, 3, 32, 32)
+        assert "; beside the CPU: snr_db 1" in capsys.readouterr().out
+    with pytest.raises(UsageError, match="input 'image' has size 3 on axis 1, the shape given says 4"):
+        compile_for(tmp_path / "net.edgeq", ["local"], tmp_path / "other", inputs=["image=1,4,32,32"])
 
 
 def test_targets_that_compile_nothing_ahead_say_so(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from edgeq.cli.options import PATH, Command
 
 if TYPE_CHECKING:
     from edgeq.report.record import Report
+    from edgeq.target.context import Compiled
 
 
 @cli.command(cls=Command, epilog=EPILOG)
@@ -233,14 +234,15 @@ def bench(models: tuple[str, ...], inputs: tuple[str, ...], quiet: bool, **setti
 @click.argument("model")
 @click.option("-t", "--target", "targets", multiple=True, required=True, help="Target; repeat for several devices.")
 @click.option("-o", "--out", type=PATH, required=True, help="Folder of the compiled files.")
+@options.inputs
 @options.force
 @options.as_json
-def compile_(model: str, targets: tuple[str, ...], out: Path, force: bool) -> Answer:
+def compile_(model: str, targets: tuple[str, ...], out: Path, inputs: tuple[str, ...], force: bool) -> Answer:
     """Compile MODEL ahead of time.
 
     MODEL is a file or package. Each target gets a file of its own: a context for Qualcomm's NPUs, which is refused on
-    another device, .rknn for Rockchip's, compared with the CPU in its simulator, and .ort for ONNX Runtime's minimal
-    builds on CPUs, with the list of kernels these need.
+    another device, .rknn for Rockchip's, compared with the CPU in its simulator, .mlpackage for Core ML, which isn't
+    run, and .ort for ONNX Runtime's minimal builds on CPUs, with the list of kernels these need.
 
     \b
     edgeq compile net.edgeq -t npu-qnn-v75 -t npu-qnn-v79 -o contexts/
@@ -250,11 +252,20 @@ def compile_(model: str, targets: tuple[str, ...], out: Path, force: bool) -> An
 
     from edgeq.ahead import compile_for
 
-    made = compile_for(model, targets, out, force=force)
+    made = compile_for(model, targets, out, inputs=inputs, force=force)
     tree = [{**asdict(one), "path": str(one.path)} for one in made]
-    lines = [f"{one.path}  {_told(one.made_for)}" + (f"; beside the CPU: {_told(one.fidelity)}" if one.fidelity else "")
-             for one in made]  # fmt: skip
+    lines = [line for one in made for line in _compiled(one)]
     return Answer({"compiled": tree}, "\n".join(lines))
+
+
+def _compiled(one: Compiled) -> list[str]:
+    """A compiled file, how near it is to the CPU, and of what it is made."""
+    near = f"; beside the CPU: {_told(one.fidelity)}" if one.fidelity else ""
+    nodes = ", ".join(f"{count} {op}" for op, count in one.nodes.items())
+    return [
+        f"{one.path}  {_told(one.made_for)}{near}" + ("; not run here" if one.fidelity is None else ""),
+        *([f"  {nodes}"] if nodes else []),
+    ]
 
 
 def _told(facts: Mapping[str, str | float]) -> str:

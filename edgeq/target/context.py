@@ -30,13 +30,14 @@ FIELDS: dict[str, dict[str, int]] = {"QNNExecutionProvider": {"sdk": 2, "htp_arc
 
 @dataclass(frozen=True)
 class Compiled:
-    """A compiled file. ``made_for``: what it, or what compiled it, says of the device, and the ``sdk``. ``nodes``: a
-    context's op types. ``fidelity``: metric -> its worst value over outputs and runs, beside the CPU's."""
+    """A compiled file. ``made_for``: what it, or what compiled it, says of the device, and the ``sdk``. ``nodes``: its
+    op types, of a context or a Core ML package. ``fidelity``: metric -> its worst value over outputs and runs, beside
+    the CPU's; None where it wasn't run."""
 
     path: Path
     made_for: Mapping[str, str]
     nodes: Mapping[str, int] = field(default_factory=dict)
-    fidelity: Mapping[str, float] = field(default_factory=dict)
+    fidelity: Mapping[str, float] | None = None
 
 
 def compile_context(model: Path, target: Target, path: Path) -> Compiled:

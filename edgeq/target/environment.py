@@ -7,16 +7,19 @@ its provider then run that environment's Python with this edgeq.
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
+import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from edgeq.errors import RuntimeUnavailableError
 from edgeq.target.cache import cache_folder
 from edgeq.target.provider import check_provider, held_here
-from edgeq.target.record import Provider
+from edgeq.target.record import Provider, Target
 
 
 def environments_folder() -> Path:
@@ -56,3 +59,24 @@ def commands(environment: str, packages: Sequence[str]) -> list[list[str]]:
     python = python_in(environment)
     installs = [[str(python), "-m", "pip", "install", *words.split()] for words in packages]
     return [[sys.executable, "-m", "venv", str(python.parent.parent)], *installs]
+
+
+def run_toolkit(target: Target, script: str, folder: Path, job: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``script`` leaves in ``folder`` as ``result.json``, given ``job.json``, in the Python of a target's toolkit.
+    Raises RuntimeUnavailableError where the toolkit isn't there, or its process ends before it is done.
+
+    ``-P`` keeps the script's folder off the other Python's path: its modules' names are common ones."""
+    python = python_of(target.environment, target.packages, target.toolkit)
+    (folder / "job.json").write_text(json.dumps(dict(job)), encoding="utf-8")
+    done = subprocess.run(
+        [python, "-P", script, str(folder)], cwd=folder, capture_output=True, text=True, errors="replace", check=False
+    )
+    if done.returncode != 0:
+        how = f"signal {-done.returncode}" if done.returncode < 0 else f"exit status {done.returncode}"
+        tail = " | ".join(done.stderr.strip().splitlines()[-3:]) or "no message"
+        raise RuntimeUnavailableError(
+            f"the process of {target.toolkit} ended with {how}: {tail}",
+            hint=f"delete {python.parent.parent} and make it again if it isn't whole",
+        )
+    result: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    return result

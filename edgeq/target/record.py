@@ -97,15 +97,16 @@ class Target:
 
     @property
     def execution(self) -> Provider:
-        """What a file for this target runs on."""
+        """What a file for this target runs on. The environment of a toolkit holds no provider."""
+        environment, packages = ("", ()) if self.toolkit else (self.environment, self.packages)
         return Provider(
             self.provider,
             self.library,
             self.install,
             self.options,
             self.session,
-            self.environment,
-            self.packages,
+            environment,
+            packages,
             self.threads_option,
         )
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeq.errors import ModelError, RuntimeUnavailableError
+from edgeq.errors import ModelError
 from edgeq.target import rknn_worker
-from edgeq.target.environment import python_of
+from edgeq.target.environment import run_toolkit
 from edgeq.target.record import Target
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -28,17 +26,15 @@ def compile_rknn(
     the simulator computes of each feed.
 
     RuntimeUnavailableError without the toolkit, ModelError where it refuses the model."""
-    python = python_of(target.environment, target.packages, target.toolkit)
     with tempfile.TemporaryDirectory(prefix="edgeq-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         job = {
             "model": str(model.resolve()), "config": dict(target.options), "inputs": list(inputs),
             "outputs": list(outputs), "runs": len(feeds),
         }  # fmt: skip
-        (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
         given: dict[str, Any] = {f"{i} {key}": feed[key] for i, feed in enumerate(feeds) for key in inputs}
         np.savez(folder / "feeds.npz", **given)
-        result = _run(python, folder)
+        result = run_toolkit(target, rknn_worker.__file__, folder, job)
         if "error" in result:
             raise ModelError(
                 f"{target.toolkit} {result['sdk']} can't compile {model}: {result['error']}",
@@ -48,20 +44,3 @@ def compile_rknn(
         with np.load(folder / "outputs.npz") as arrays:
             found = [{key: arrays[f"{index} {key}"] for key in outputs} for index in range(len(feeds))]
     return str(result["sdk"]), found
-
-
-def _run(python: Path, folder: Path) -> dict[str, Any]:
-    """``-P`` keeps this folder off the other Python's path: its modules' names are common ones."""
-    done = subprocess.run(
-        [python, "-P", rknn_worker.__file__, str(folder)],
-        cwd=folder, capture_output=True, text=True, errors="replace", check=False,
-    )  # fmt: skip
-    if done.returncode != 0:
-        how = f"signal {-done.returncode}" if done.returncode < 0 else f"exit status {done.returncode}"
-        tail = " | ".join(done.stderr.strip().splitlines()[-3:]) or "no message"
-        raise RuntimeUnavailableError(
-            f"the process of rknn-toolkit2 ended with {how}: {tail}",
-            hint=f"delete {python.parent.parent} and make it again if it isn't whole",
-        )
-    result: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    return result
