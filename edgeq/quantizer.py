@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import onnx_ir as ir
 
@@ -29,11 +30,13 @@ from edgeq.ir import query, verify
 from edgeq.ir.ops import OPS
 from edgeq.ir.pixels import codes_of
 from edgeq.lower.fuse import fuse
+from edgeq.lower.tables import tabulate
 from edgeq.num.quant import Coded
 from edgeq.report.record import AtomNoise, Coverage
 from edgeq.rewrite.qdq import insert_qdq
 from edgeq.run.record import Samples
 from edgeq.run.samples import split, take
+from edgeq.target import kernels
 from edgeq.target.record import CPU
 
 SENSITIVITY_SAMPLES, FEWEST_SAMPLES = 32, 4
@@ -261,6 +264,8 @@ class Quantizer:
         feeds = list(take(self.context.calibration, PROFILE_SAMPLES))
         with self.context.recorder.step("profile"):
             lowered, _ = fuse(integer_model, self.context.target)
+            if self.context.target.kernels and isinstance(kernels.here(), Path):
+                lowered, _ = tabulate(verify.infer_shapes(lowered))
             self.costs = measure(self.model, lowered, plan, feeds, self.shapes, self.context.target)
         self.profiled = True
 

@@ -105,16 +105,22 @@ def test_each_reader_that_wants_codes_gets_its_table_and_floats_stay_floats() ->
         np.testing.assert_array_equal(run_session(open_session(result), feed)[name], array)
 
 
-def test_tables_between_convolutions_leave_no_transposition(tmp_path: Path) -> None:
+@pytest.mark.parametrize("function", ["e = DequantizeLinear(d, s, z) f = HardSwish(e) g = QuantizeLinear(f, s, z)",
+                                      "g = Clip(d, l, z)"])  # fmt: skip
+def test_tables_between_convolutions_leave_no_transposition(function: str, tmp_path: Path) -> None:
     """The runtime puts channels last for integer convolutions; it must not turn them around for a kernel of ours."""
     needs_library()
-    text = """(float[1,8,12,12] x) => (float[1,8,12,12] r) {
+    text = f"""(float[1,8,12,12] x) => (float[1,8,12,12] r) {{
         a = QuantizeLinear(x, s, z) b = DequantizeLinear(a, s, z) w = DequantizeLinear(W, v, m)
-        c = Conv(b, w) d = QuantizeLinear(c, s, z) e = DequantizeLinear(d, s, z) f = HardSwish(e)
-        g = QuantizeLinear(f, s, z) h = DequantizeLinear(g, s, z) i = Conv(h, w)
-        j = QuantizeLinear(i, s, z) k = DequantizeLinear(j, s, z) r = Identity(k) }"""
-    weights = {"W": np.int8(normal(8, 8, 1, 1) * 30), "v": number(0.01), "m": np.array(0, np.int8)}
-    model = verify.infer_shapes(graph(text, {**weights, "s": number(0.05), "z": np.array(128, np.uint8)}))
+        c = Conv(b, w) d = QuantizeLinear(c, s, z) {function} h = DequantizeLinear(g, s, z) i = Conv(h, w)
+        j = QuantizeLinear(i, s, z) k = DequantizeLinear(j, s, z) r = Identity(k) }}"""
+    weights = {
+        "l": np.array(9, np.uint8),
+        "W": np.int8(normal(8, 8, 1, 1) * 30),
+        "v": number(0.01),
+        "m": np.array(0, np.int8),
+    }
+    model, _ = read_model(graph(text, {**weights, "s": number(0.05), "z": np.array(128, np.uint8)}), opset=21)
     result, _ = tabulate(model)
     feed = {"x": normal(1, 8, 12, 12)}
     found = {}
@@ -123,6 +129,8 @@ def test_tables_between_convolutions_leave_no_transposition(tmp_path: Path) -> N
         found[name] = run_session(session, feed)["r"]
     seen = [ops(io.read(tmp_path / f"{name}.onnx")) for name in found]
     assert seen[1].count("Transpose") == seen[0].count("Transpose") and "Table" in seen[1]
+    names = [node.name for node in result.graph]
+    assert len(set(names)) == len(names)
     np.testing.assert_array_equal(found["plain"], found["tabled"])
 
 

@@ -25,6 +25,7 @@ from edgeq.target.kernels import DOMAIN
 
 CODES = (ir.DataType.UINT8, ir.DataType.INT8)
 COUNT = 256
+QDQ = ("QuantizeLinear", "DequantizeLinear")
 IR_VERSION = 10  # the first with overloads of functions
 ELEMENTWISE = frozenset({
     "Abs", "Add", "Ceil", "Celu", "Clip", "Div", "Elu", "Erf", "Exp", "Floor", "Gelu", "HardSigmoid", "HardSwish",
@@ -60,7 +61,7 @@ def _sources(graph: ir.Graph) -> dict[ir.Value, ir.Value]:
 
 
 def _source(node: ir.Node, sources: Mapping[ir.Value, ir.Value]) -> ir.Value | None:
-    if node.domain or node.op_type not in (*ELEMENTWISE, "QuantizeLinear", "DequantizeLinear"):
+    if node.domain or node.op_type not in (*ELEMENTWISE, *QDQ):
         return None
     reads = [value for value in node.inputs if value is not None]
     constants, others = (
@@ -126,7 +127,10 @@ def _replace(value: ir.Value, source: ir.Value, overload: str, edit: Edit) -> No
     for node in made:
         node.outputs[0].type = ir.TensorType(source.dtype)
     made[-1].outputs[0].shape = value.shape
-    edit.swap(old, made)
+    last = next((node for node in reversed(nodes) if node.op_type not in QDQ), old)
+    edit.swap(old, made, name=None if last is not old or made[-1] is look_up else edit.names.fresh(f"{old.name}/back"))
+    if not last.outputs[0].uses():
+        look_up.name = last.name  # whose work this is now
 
 
 def _layouts(source: ir.Value) -> tuple[tuple[int, ...], tuple[int, ...]]:
