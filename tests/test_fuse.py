@@ -17,23 +17,8 @@ from edgeq.errors import ModelError, TargetError
 from edgeq.ir.text import to_text
 from edgeq.lower.fuse import FUSIONS, fuse, newest_opset
 from edgeq.lower.legalize import legalize
-from edgeq.run.session import open_session, run_session
-from edgeq.target.load import load_target
-from tests.graphs import Arrays, graph, normal, number, ops
-
-TARGET = load_target("cpu-x64-vnni")
-LOWEST = float(np.finfo(np.float32).min)
-
-
-def fused(model: ir.Model, *feeds: Arrays) -> ir.Model:
-    """The model in the target's kernels, compared here: without feeds, ``fuse`` rolls nothing back in silence."""
-    result, changes = fuse(model, TARGET)
-    assert not any(change.rolled_back for change in changes)
-    exact, found = (open_session(one, level="none") for one in (model, result))
-    for feed in feeds:
-        for (name, a), b in zip(run_session(exact, feed).items(), run_session(found, feed).values(), strict=True):
-            np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-5, err_msg=name)
-    return result
+from tests.fused import LOWEST, TARGET, fused
+from tests.graphs import graph, normal, number, ops
 
 
 def attention(
@@ -228,6 +213,33 @@ def test_other_rotations_stay(changed: dict[str, str]) -> None:
     text = text.replace("c = Concat", "b = Mul(a, double) c = Concat")
     result = fused(graph(text, POSITIONS), {"x": normal(2, 2, 3, 8), "positions": normal(2, 3)})
     assert ("RotaryEmbedding" in ops(result)) is ("across" in changed)
+
+
+PART = """(float[B,2,S,12] x, float[B,S] positions) => (float[B,2,S,12] y) {{
+    u = Unsqueeze(positions, two) a = Mul(u, frequency) c = Concat<axis=-1>(a, a)
+    c0 = Cos(c) s0 = Sin(c) c1 = Unsqueeze(c0, one) s1 = Unsqueeze(s0, one) {cut}
+    first = Slice(part, zero, four, three, one) last = Slice(part, four, big, three, one) n = Neg(last)
+    t = Concat<axis=-1>(n, first) straight = Mul(part, c1) across = Mul(t, s1) turned = Add(straight, across)
+    y = Concat<axis=-1>({order}) }}"""
+CUTS = {
+    "slices": "part = Slice(x, zero, eight, three, one) rest = Slice(x, eight, big, three, one)",
+    "split": "part, rest = Split<axis=-1>(x, pieces)",
+    "overlap": "part = Slice(x, zero, eight, three, one) rest = Slice(x, four, eight, three, one)",
+    "behind": "part = Slice(x, four, big, three, one) rest = Slice(x, zero, four, three, one)",
+}
+
+
+@pytest.mark.parametrize("order", ["turned, rest", "rest, turned"])
+@pytest.mark.parametrize("cut", CUTS)
+def test_a_part_of_each_head_is_rotated_in_place(cut: str, order: str) -> None:
+    """The first numbers alone: what is cut or joined otherwise keeps its Concat."""
+    weights = {**POSITIONS, "eight": np.array([8]), "pieces": np.array([8, 4])}
+    text = PART.format(cut=CUTS[cut], order=order)
+    used = {name: array for name, array in weights.items() if name in text and name != "double"}
+    result = fused(graph(text, used), {"x": normal(2, 2, 3, 12), "positions": normal(2, 3)})
+    found = [node for node in result.graph if node.op_type == "RotaryEmbedding"]
+    whole = cut in ("slices", "split") and order == "turned, rest"
+    assert len(found) == 1 and ("rotary_embedding_dim" in found[0].attributes) is whole
 
 
 def test_one_table_of_positions_serves_a_batch() -> None:

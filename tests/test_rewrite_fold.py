@@ -97,6 +97,38 @@ def test_known_sizes_are_constants_and_reshapes_keep_one_unknown() -> None:
             np.testing.assert_array_equal(array, expected)
 
 
+def test_dynamo_reshapes_keep_their_axes() -> None:
+    """Where 0 would mean no elements, but none is asked for, axes are copied as well."""
+    text = "(float[N,S,12] x) => (float[N,S,A,4] y) { z = Shape<end=2>(x) t = Concat<axis=0>(z, k) y = {} }"
+    model = graph(text.replace("{}", "Reshape<allowzero=1>(x, t)"), {"k": np.array([-1, 4])})
+    result, _ = canonicalize(model)
+    (reshape,) = result.graph
+    assert reshape.inputs[1] is not None and reshape.inputs[1].const_value is not None
+    assert reshape.inputs[1].const_value.numpy().tolist() == [0, 0, -1, 4] and "allowzero" not in reshape.attributes
+    feed = random_feed(model, {"N": 2, "S": 5})
+    np.testing.assert_array_equal(run_session(open_session(result), feed)["y"], reference(model, feed)[0])
+    text = "(float[N,0] x) => (float[0,N] y) { z = Shape(x) t = Gather(z, turned) y = Reshape<allowzero=1>(x, t) }"
+    empty = canonicalize(graph(text, {"turned": np.array([1, 0])}))[0]
+    assert empty.graph[-1].attributes["allowzero"].value == 1
+
+
+def test_an_expand_by_constants_takes_one_where_axes_stay() -> None:
+    """TorchScript asks for -1 there and chooses by Where."""
+    text = """(float[N,2,1,S] x, float[N,2,1,S] v) => (float[N,2,3,S] y) {
+        z = Shape(v) n = Gather(z, at0) s = Gather(z, at3) t = Concat<axis=0>(n, two, three, s)
+        m = Equal(t, minus) w = Where(m, ones, t) e = Expand(x, w) y = Neg(e) }"""
+    weights = {name: np.array([number]) for name, number in (("at0", 0), ("at3", 3), ("two", 2), ("three", 3))}
+    weights |= {"minus": -np.ones(4, np.int64), "ones": np.ones(4, np.int64)}
+    model = graph(text, weights)
+    result, _ = canonicalize(model)
+    assert ops(result) == ["Expand", "Neg"]
+    wanted = result.graph[0].inputs[1]
+    assert wanted is not None and wanted.const_value is not None
+    assert wanted.const_value.numpy().tolist() == [1, 1, 3, 1]
+    feed = random_feed(model, {"N": 2, "S": 5})
+    np.testing.assert_array_equal(run_session(open_session(result), feed)["y"], reference(model, feed)[0])
+
+
 def test_two_unknown_sizes_stay_computed() -> None:
     text = "(float[N,S,12] x, float[S,N,12] v) => (float[A,B,12] y){ z = Shape(v) y = Reshape(x, z) }"
     model = graph(text)
@@ -110,7 +142,9 @@ def test_an_expand_to_the_shape_it_has_goes() -> None:
     text = "(float[N,3] x) => (float[N,3] y) { z = Shape(x) e = Expand(x, z) y = Relu(e) }"
     assert ops(rewritten(text)) == ["Relu"]
     wider = "(float[N,1] x, float[N,3] v) => (float[N,3] y) { z = Shape(v) e = Expand(x, z) y = Relu(e) }"
-    assert ops(rewritten(wider)) == ["Shape", "Expand", "Relu"]
+    assert ops(rewritten(wider)) == ["Expand", "Relu"], "to [1, 3]: N stays, whatever it is"
+    other = wider.replace("[N,3] v", "[M,3] v").replace("(float[N,3] y)", "(float[A,3] y)")
+    assert ops(rewritten(other, N=1)) == ["Shape", "Expand", "Relu"]
 
 
 def test_bodies_are_rewritten_with_what_they_read_from_outside() -> None:

@@ -76,6 +76,19 @@ def test_transposes_join_and_a_reshape_that_copies_sizes_does_not() -> None:
     weights = {"a": np.array([6, 2, 2]), "b": np.array([0, 4])}
     assert ops(rewritten(text, weights)) == ["Reshape", "Reshape"]
     assert ops(rewritten(text, {**weights, "b": np.array([6, 4])})) == ["Reshape"]
+    text = "(float[N,3,4] x) => (float[N,2,6] y) { r = Reshape(x, a) y = Reshape(r, b) }"
+    assert ops(rewritten(text, {"a": np.array([0, 12]), "b": np.array([0, 2, 6])})) == ["Reshape"], "N is N before too"
+    assert ops(rewritten(text, {"a": np.array([-1, 4]), "b": np.array([-1, 2, 6])})) == ["Reshape"]
+
+
+@pytest.mark.parametrize(
+    ("widths", "left"), [((0, 3), ["Neg"]), ((2, 0, 3), ["Concat", "Neg"]), ((2, 3), ["Concat", "Neg"])]
+)
+def test_parts_that_hold_nothing_are_not_joined(widths: tuple[int, ...], left: list[str]) -> None:
+    names = [f"x{index}" for index in range(len(widths))]
+    inputs = ", ".join(f"float[N,{width}] {name}" for name, width in zip(names, widths, strict=True))
+    text = f"({inputs}) => (float[N,W] y) {{ c = Concat<axis=-1>({', '.join(names)}) y = Neg(c) }}"
+    assert ops(rewritten(text)) == left
 
 
 def test_axes_that_move_are_not_regrouped_away() -> None:

@@ -16,7 +16,8 @@ import onnx
 import onnx_ir as ir
 
 from edgeq.errors import TargetError, did_you_mean
-from edgeq.lower import attention, codes, normalize, products, rotary
+from edgeq.lower import attention, codes, heads, normalize, products, rotary
+from edgeq.rewrite import shapes
 from edgeq.rewrite.checked import Change, rewritten
 from edgeq.rewrite.match import Rewrite
 from edgeq.run.record import Feed
@@ -26,8 +27,13 @@ from edgeq.target.record import Target
 FUSIONS: tuple[tuple[str, str, Rewrite], ...] = (
     ("name-rms-norm", "RMSNormalization", normalize.name_rms_norms),
     ("rotate", "RotaryEmbedding", rotary.rotate),
+    ("rotate-part", "RotaryEmbedding", rotary.rotate_part),
     ("rotate-rows", "RotaryEmbedding", rotary.rotate_rows),
     ("attend", "Attention", attention.attend),
+    ("share-heads", "Attention", heads.share_heads),
+    ("remember", "Attention", heads.remember),
+    ("freeze-sizes", "Attention", shapes.freeze_sizes),  # what inference tells of Attention, not of products
+    ("join-rows", "Attention", heads.join_rows),
     ("clip-codes", "Clip", codes.clip_codes),
     ("multiply-codes", "Clip", codes.multiply_codes),
     ("pad-codes", "Pad", codes.pad_codes),

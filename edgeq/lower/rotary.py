@@ -1,8 +1,8 @@
 """Rotary positions written out -> the RotaryEmbedding op of opset 23 (L7).
 
-``x cos + rotated(x) sin`` with ``rotated(x) = [-x2, x1]`` of the halves of the last axis, where cos and sin hold the
-same numbers in both halves. ONNX Runtime 1.32's kernel wants half of them and a row a sequence of the batch: it doesn't
-broadcast (measured), so they are repeated once for all layers.
+``x cos + rotated(x) sin`` with ``rotated(x) = [-x2, x1]`` of the halves of the last axis, or of what is rotated of it,
+where cos and sin hold the same numbers in both halves. ONNX Runtime 1.32's kernel wants half of them and a row a
+sequence of the batch: it doesn't broadcast (measured), so they are repeated once for all layers.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ import numpy as np
 import onnx_ir as ir
 
 from edgeq.ir import query
+from edgeq.lower import heads
 from edgeq.rewrite.match import Edit, each, producer, rank, read_once, scalar
 
 OPSET = 23
-SPLIT = (0, 2, 1, 3)
-ELEMENTWISE = ("Cos", "Sin", "Cast", "Identity")
 
 
 def _rotate(node: ir.Node, edit: Edit) -> bool:
@@ -57,22 +56,24 @@ def _is_rotated(value: ir.Value | None, x: ir.Value) -> bool:
         return False
     negative = producer(joined.inputs[0], "Neg")
     second = negative.inputs[0] if negative is not None else None
-    return _is_half(second, x, 1, size) and _is_half(joined.inputs[1], x, 0, size)
+    return _is_part(second, x, size // 2, size) and _is_part(joined.inputs[1], x, 0, size // 2)
 
 
-def _is_half(value: ir.Value | None, x: ir.Value, which: int, size: int) -> bool:
-    node = producer(value, "Slice", "Split")
-    if node is None or node.inputs[0] is not x or value is None:
+def _is_part(value: ir.Value | None, x: ir.Value | None, first: int, last: int) -> bool:
+    """Whether the value is ``x[..., first:last]`` of x [B, heads, S, D], by Slice or by Split in two."""
+    node, size = producer(value, "Slice", "Split"), (query.dims(x) or (None,))[-1]
+    if node is None or node.inputs[0] is not x or size is None or value is None:
         return False
     if node.op_type == "Split":
-        halves = query.dims(value)
-        last = query.attribute(node, "axis", 0) in (-1, 3)
-        return last and len(node.outputs) == 2 and node.outputs[which] is value and (halves or (0,))[-1] == size // 2
+        own = (query.dims(value) or (0,))[-1]
+        begin = 0 if node.outputs[0] is value else size - (own or 0)
+        ends = query.attribute(node, "axis", 0) in (-1, 3) and len(node.outputs) == 2
+        return ends and (begin, own) == (first, last - first)
     start, end, axis, step = ([scalar(part) for part in node.inputs[1:]] + [None, 1.0])[:4]
     if start is None or end is None or axis not in (-1, 3) or step != 1:
         return False
     start, end = (bound + size if bound < 0 else bound for bound in (start, end))
-    return (start, min(end, size)) == ((0, size // 2) if which == 0 else (size // 2, size))
+    return (start, min(end, size)) == (first, last)
 
 
 def _is_table(value: ir.Value) -> bool:
@@ -150,7 +151,7 @@ def _repeated(table: ir.Value, x: ir.Value, node: ir.Node, edit: Edit) -> list[i
     """The table once for each sequence of the batch."""
     assert node.graph is not None
     ones = edit.constant(node.graph, f"{node.name}_ones", np.ones(2, np.int64))
-    batch = edit.node(node, "Shape", [_rows_of(x)], {"start": 0, "end": 1})
+    batch = edit.node(node, "Shape", [heads.origin(x)[0]], {"start": 0, "end": 1})
     wanted = edit.node(node, "Concat", [batch.outputs[0], ones], {"axis": 0})
     expand = edit.node(node, "Expand", [table, wanted.outputs[0]])
     for made in (batch, wanted):
@@ -159,38 +160,44 @@ def _repeated(table: ir.Value, x: ir.Value, node: ir.Node, edit: Edit) -> list[i
     return [batch, wanted, expand]
 
 
-def _rows_of(x: ir.Value) -> ir.Value:
-    """What the heads were split off, as they may go."""
-    turned = producer(x, "Transpose")
-    split = producer(turned.inputs[0], "Reshape") if turned is not None else None
-    rows = split.inputs[0] if split is not None else None
-    return rows if rows is not None and rank(rows) == 3 else x
-
-
-def _rotate_rows(node: ir.Node, edit: Edit) -> bool:
-    """RotaryEmbedding of heads [B, heads, S, D] that were just split off rows -> of the rows [B, S, heads D], split
-    behind it: what reads rows takes them as they are."""
-    turned = producer(node.inputs[0], "Transpose")
-    if turned is None or tuple(query.attribute(turned, "perm", ())) != SPLIT or not read_once(turned.outputs[0]):
+def _rotate_part(node: ir.Node, edit: Edit) -> bool:
+    """``[rotated(x[..., :d]), x[..., d:]]`` -> rotated in its first d numbers."""
+    if query.attribute(node, "axis") not in (-1, 3) or len(node.inputs) != 2:
         return False
-    split = producer(turned.inputs[0], "Reshape")
-    shape = query.dims(turned.inputs[0])
-    if split is None or not read_once(split.outputs[0]) or rank(split.inputs[0]) != 3 or shape is None:
+    rotation = producer(node.inputs[0], "RotaryEmbedding")
+    cut = producer(rotation.inputs[0], "Slice", "Split") if rotation is not None else None
+    x, size = (cut.inputs[0], (query.dims(cut.inputs[0]) or (None,))[-1]) if cut is not None else (None, None)
+    width = (query.dims(node.inputs[0]) or (None,))[-1]
+    if rotation is None or x is None or width is None or size is None or rank(x) != 4:
         return False
-    width, size = (query.dims(split.inputs[0]) or ())[-1], shape[3]
-    if width is None or size is None or width % size or split.inputs[0] is None:
+    if query.attribute(rotation, "rotary_embedding_dim", 0):
         return False
-    attributes = {name: attr.value for name, attr in node.attributes.items()} | {"num_heads": width // size}
-    rows = edit.node(node, "RotaryEmbedding", [split.inputs[0], *node.inputs[1:]], attributes, like=split.inputs[0])
-    again = edit.node(node, "Reshape", [rows.outputs[0], split.inputs[1]], _plain(split), like=split.outputs[0])
-    heads = edit.node(node, "Transpose", [again.outputs[0]], {"perm": SPLIT}, like=node.outputs[0])
-    edit.swap(node, [rows, again, heads])
+    if not _is_part(rotation.inputs[0], x, 0, width) or not _is_part(node.inputs[1], x, width, size):
+        return False
+    inputs, attributes = [x, *rotation.inputs[1:]], heads.attributes(rotation) | {"rotary_embedding_dim": width}
+    edit.swap(node, [edit.node(node, "RotaryEmbedding", inputs, attributes, like=node.outputs[0])])
     return True
 
 
-def _plain(node: ir.Node) -> dict[str, object]:
-    return {name: attr.value for name, attr in node.attributes.items()}
+def _rotate_rows(node: ir.Node, edit: Edit) -> bool:
+    """RotaryEmbedding of heads [B, heads, S, D] -> of rows [B, S, heads D], split behind it: what reads rows takes them
+    as they are."""
+    turned, shape = producer(node.inputs[0], "Transpose"), query.dims(node.inputs[0])
+    if turned is None or shape is None or not read_once(turned.outputs[0]) or node.graph is None:
+        return False
+    made = heads.rows(node.inputs[0], node, edit)
+    if made is None:
+        return False
+    source, new = made
+    attributes = heads.attributes(node) | {"num_heads": shape[1]}
+    rotated = edit.node(node, "RotaryEmbedding", [source, *node.inputs[1:]], attributes, like=source)
+    target = edit.constant(node.graph, f"{source.name}_heads", np.array([0, 0, shape[1], shape[3]]))
+    again = edit.node(node, "Reshape", [rotated.outputs[0], target], like=turned.inputs[0])
+    split = edit.node(node, "Transpose", [again.outputs[0]], {"perm": heads.SPLIT}, like=node.outputs[0])
+    edit.swap(node, [*new, rotated, again, split])
+    return True
 
 
 rotate = each(_rotate, "Add")
+rotate_part = each(_rotate_part, "Concat")
 rotate_rows = each(_rotate_rows, "RotaryEmbedding")

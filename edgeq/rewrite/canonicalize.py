@@ -33,6 +33,7 @@ REWRITES: tuple[tuple[str, Rewrite], ...] = (
     ("fold-constants", fold.fold_constants),
     ("join-softmax-rows", normalization.join_softmax_rows),
     ("freeze-sizes", shapes.freeze_sizes),
+    ("drop-empty-parts", noop.drop_empty_parts),
     ("drop-noops", noop.drop_noops),
     ("merge-transposes", noop.merge_transposes),
     ("merge-regroupings", noop.merge_regroupings),

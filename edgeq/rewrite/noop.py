@@ -47,7 +47,7 @@ def _is_noop(node: ir.Node) -> bool:
             source = node.inputs[0]
             return source is not None and source.dtype is not None and source.dtype == query.attribute(node, "to")
         case "Reshape":
-            return _reshape_keeps(node)
+            return reshape_keeps(node)
         case "Flatten":
             return rank(node.inputs[0]) == 2 and query.attribute(node, "axis", 1) in (1, -1)
         case "Transpose":
@@ -67,7 +67,7 @@ def _is_noop(node: ir.Node) -> bool:
     return node.op_type in SAME_OF_ONE and len(node.inputs) == 1
 
 
-def _reshape_keeps(node: ir.Node) -> bool:
+def reshape_keeps(node: ir.Node) -> bool:
     """At most one axis is not known to stay; the count of elements settles that one."""
     shape, target = symbols(node.inputs[0]), query.constant(node.inputs[1])
     if shape is None or target is None or len(shape) != target.size:
@@ -142,11 +142,30 @@ def _merge_regroupings(node: ir.Node, edit: Edit) -> bool:
     target = query.constant(node.inputs[1]) if node.op_type == "Reshape" else None
     if target is None:
         return False
-    if (target == 0).any() and not query.attribute(node, "allowzero", 0):
-        return False  # 0 copies a size of the tensor in between
+    copied = [] if query.attribute(node, "allowzero", 0) else np.flatnonzero(target == 0).tolist()
+    if copied and not _same_axes(before.inputs[0], before.outputs[0], copied):
+        return False  # a size of the tensor in between
     attributes = {name: attribute.value for name, attribute in node.attributes.items()}
     output = node.outputs[0]
     edit.swap(node, [edit.node(node, "Reshape", [before.inputs[0], node.inputs[1]], attributes, like=output)])
+    return True
+
+
+def _same_axes(a: ir.Value | None, b: ir.Value, axes: list[int]) -> bool:
+    """Whether two tensors have the same number or name along each of the axes."""
+    first, second = symbols(a) or (), symbols(b) or ()
+    return all(
+        axis < min(len(first), len(second)) and first[axis] is not None and first[axis] == second[axis] for axis in axes
+    )
+
+
+def _drop_empty_part(node: ir.Node, edit: Edit) -> bool:
+    """Concat with parts that hold nothing -> of the others: what is left of a head that is rotated as a whole."""
+    axis = query.attribute(node, "axis")
+    kept = [value for value in node.inputs if (query.dims(value) or {axis: None})[axis] != 0]
+    if not kept or len(kept) == len(node.inputs):
+        return False
+    edit.swap(node, [edit.node(node, "Concat", kept, {"axis": axis}, like=node.outputs[0])])
     return True
 
 
@@ -171,5 +190,6 @@ drop_noops = each(
     *("Identity", "Dropout", "Cast", "Reshape", "Flatten", "Transpose", "Expand", "Tile", "Pad", "Slice"),
     *("AveragePool", "MaxPool", "Add", "Sub", "Mul", "Div", *SAME_OF_ONE),
 )
+drop_empty_parts = each(_drop_empty_part, "Concat")
 merge_transposes = each(_merge_transposes, "Transpose")
 merge_regroupings = each(_merge_regroupings, *REGROUPING)

@@ -124,6 +124,30 @@ def _squeeze(node: ir.Node, known: Known) -> Sizes | None:
     return data.reshape(()) if data is not None and data.size == 1 else None
 
 
+def _equal(node: ir.Node, known: Known) -> Sizes | None:
+    """No size is negative, so one that isn't a number differs from any negative number."""
+    a, b = (_sizes(value, known) for value in node.inputs)
+    if a is None or b is None:
+        return None
+    pairs = list(zip(*(side.flat for side in np.broadcast_arrays(a, b)), strict=True))
+    told = [(isinstance(x, int) and isinstance(y, int)) or _negative(x) or _negative(y) for x, y in pairs]
+    if not all(told):
+        return None
+    return np.array([x == y for x, y in pairs], object).reshape(np.broadcast_shapes(a.shape, b.shape))
+
+
+def _negative(size: object) -> bool:
+    return isinstance(size, int) and size < 0
+
+
+def _where(node: ir.Node, known: Known) -> Sizes | None:
+    test, yes, no = node.inputs[0], _sizes(node.inputs[1], known), _sizes(node.inputs[2], known)
+    chosen = known.get(test) if test is not None else None
+    if chosen is None or yes is None or no is None:
+        return None
+    return np.where(chosen.astype(bool), yes, no)
+
+
 RULES: dict[str, Callable[[ir.Node, Known], Sizes | None]] = {
     "Shape": _shape,
     "Size": _size,
@@ -134,12 +158,14 @@ RULES: dict[str, Callable[[ir.Node, Known], Sizes | None]] = {
     "Concat": _concat,
     "Unsqueeze": _unsqueeze,
     "Squeeze": _squeeze,
+    "Equal": _equal,
+    "Where": _where,
 }
 
 
 def freeze_sizes(model: ir.Model, keep: frozenset[str]) -> list[str]:
-    """Sizes known whole become constants; a Reshape target with one unknown becomes a constant with -1; an Expand to
-    the shape its input has goes."""
+    """Sizes known whole become constants; a Reshape target with one unknown becomes a constant with -1, an Expand
+    target one with 1 along axes that stay; an Expand to the shape its input has goes."""
     edit, matched = Edit(model), []
     known = known_sizes(model)
     for value, sizes in known.items():
@@ -154,7 +180,7 @@ def freeze_sizes(model: ir.Model, keep: frozenset[str]) -> list[str]:
         target = known.get(node.inputs[1]) if node.op_type in ("Reshape", "Expand") and node.inputs[1] else None
         if target is None or node.domain != "" or node.name in keep or node.graph is None:
             continue
-        change = _drop_expand if node.op_type == "Expand" else _freeze_target
+        change = _settle_expand if node.op_type == "Expand" else _freeze_target
         if change(node, target, edit):
             matched.append(node.name or "")
     return matched
@@ -162,10 +188,10 @@ def freeze_sizes(model: ir.Model, keep: frozenset[str]) -> list[str]:
 
 def _freeze_target(node: ir.Node, target: Sizes, edit: Edit) -> bool:
     """0, which copies, for a size that its axis has already; -1 for the only other one that isn't a number. Numbers
-    stay as they are, 0 and -1 among them."""
+    stay as they are, -1 and a 0 that copies among them; where 0 means no elements, none may."""
     source, data = node.inputs[1], node.inputs[0]
     shape = None if data is None else axis_sizes(data)
-    copies = not query.attribute(node, "allowzero", 0)
+    copies = not query.attribute(node, "allowzero", 0) or 0 not in target.tolist()
     plain = [
         size if isinstance(size, int) else 0 if copies and _same_axis(shape, index, size) else -1
         for index, size in enumerate(target)
@@ -173,6 +199,8 @@ def _freeze_target(node: ir.Node, target: Sizes, edit: Edit) -> bool:
     if plain.count(-1) > 1 or (not copies and 0 in plain) or source is None or node.graph is None:
         return False
     node.replace_input_with(1, edit.constant(node.graph, f"{source.name}", np.array(plain, np.int64)))
+    if copies:
+        node.attributes.pop("allowzero", None)
     return edit.erase([source])
 
 
@@ -180,13 +208,17 @@ def _same_axis(shape: Sizes | None, index: int, size: object) -> bool:
     return shape is not None and index < len(shape) and shape[index] == size
 
 
-def _drop_expand(node: ir.Node, target: Sizes, edit: Edit) -> bool:
+def _settle_expand(node: ir.Node, target: Sizes, edit: Edit) -> bool:
     """An axis stays when the target asks for 1 or for the size, number or name, that the input has."""
     data, source = node.inputs[0], node.inputs[1]
     shape = None if data is None else axis_sizes(data)
-    if shape is None or len(target) > len(shape):
+    if shape is None or source is None or node.graph is None or len(target) < 1:
         return False
-    tail = shape[len(shape) - len(target) :]
-    if any(wanted != 1 and wanted != dim for wanted, dim in zip(target, tail, strict=True)):
+    axes = np.concatenate([np.ones(max(len(target) - len(shape), 0), object), shape])[-len(target) :]
+    plain = [1 if wanted in (1, dim) else wanted for wanted, dim in zip(target, axes, strict=True)]
+    if len(target) <= len(shape) and all(wanted == 1 for wanted in plain):
+        return edit.bypass(node, data) and edit.erase([source])
+    if query.is_constant(source) or not all(isinstance(wanted, int) for wanted in plain):
         return False
-    return edit.bypass(node, data) and edit.erase([source])
+    node.replace_input_with(1, edit.constant(node.graph, f"{source.name}", np.array(plain, np.int64)))
+    return edit.erase([source])
