@@ -11,11 +11,12 @@ from pathlib import Path
 import onnxruntime
 
 from edgeq.errors import ModelError, OutputError, UsageError
-from edgeq.given import model_file, pins_of
+from edgeq.given import pins_of
 from edgeq.ir import io
 from edgeq.num.metrics import cosine, max_abs, snr_db
 from edgeq.packaging import read_directory
 from edgeq.rewrite.canonicalize import canonicalize
+from edgeq.run.buckets import fitting, padded
 from edgeq.run.record import Feed
 from edgeq.run.session import feeds_like, open_session, run_session
 from edgeq.source import read_model, tidy
@@ -32,37 +33,40 @@ RUNS = 4  # that a compiled file repeats, where it is compared
 
 @dataclass(frozen=True)
 class Given:
-    """What is compiled: the file or package as given; the model file, a copy where inputs are pinned to shapes."""
+    """What is compiled: the file or package as given; the model file, a copy where inputs are pinned to shapes; golden
+    inputs of these shapes; what tells its file from that of the largest bucket."""
 
     source: Path
     model: Path
-    pins: Mapping[str, tuple[int, ...]]
+    feeds: tuple[Feed, ...] = ()
+    tag: str = ""
 
 
 def compile_for(
     model: str | Path, targets: Sequence[str], out: str | Path, *, inputs: Sequence[str] = (), force: bool = False
 ) -> list[Compiled]:
     """A file of ``model`` (a file or a package, with the shapes of ``inputs`` pinned) for each of ``targets``, in the
-    folder ``out``: ``TARGET`` with the suffix of its kind, and what belongs to it. All of them or, on an error, none.
-    Raises ModelError, TargetError, OutputError, and RuntimeUnavailableError where what compiles isn't here."""
+    folder ``out``: ``TARGET`` with the suffix of its kind, and what belongs to it; of a package with shape buckets one
+    for each, ``TARGET.bucket0`` … and the largest as ``TARGET``. All of them or, on an error, none. Raises ModelError,
+    TargetError, OutputError, and RuntimeUnavailableError where what compiles isn't here."""
     chosen = [load_target(name) for name in targets]
     if len({target.name for target in chosen}) != len(chosen) or not chosen:
         raise UsageError(f"targets must differ, found {list(targets)}", hint="name each once")
     compilers = [_compiler(target) for target in chosen]
     folder = Path(out)
-    names = [f"{target.name}{suffix}" for target, (suffix, _) in zip(chosen, compilers, strict=True)]
-    taken = [name for name in names if (folder / name).exists()]
-    if taken and not force:
-        raise OutputError(f"{folder / taken[0]} exists", hint="add --force to replace it, or choose another --out")
     with tempfile.TemporaryDirectory(prefix="edgeq-") as aside:
-        given = _given(Path(model), pins_of(inputs), Path(aside) / "pinned.onnx")
+        jobs = [
+            (f"{target.name}{given.tag}{suffix}", compiler, given, target)
+            for given in _given(Path(model), pins_of(inputs), Path(aside))
+            for target, (suffix, compiler) in zip(chosen, compilers, strict=True)
+        ]
+        taken = [name for name, *_ in jobs if (folder / name).exists()]
+        if taken and not force:
+            raise OutputError(f"{folder / taken[0]} exists", hint="add --force to replace it, or choose another --out")
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=".edgeq-", dir=folder) as place:
-                made = [
-                    compiler(given, target, Path(place) / name)
-                    for target, name, (_, compiler) in zip(chosen, names, compilers, strict=True)
-                ]
+                made = [compiler(given, target, Path(place) / name) for name, compiler, given, target in jobs]
                 for path in Path(place).iterdir():
                     _move(path, folder / path.name)
         except OSError as error:
@@ -70,14 +74,30 @@ def compile_for(
     return [replace(one, path=folder / one.path.name) for one in made]
 
 
-def _given(source: Path, pins: Mapping[str, tuple[int, ...]], copy: Path) -> Given:
+def _given(source: Path, pins: Mapping[str, tuple[int, ...]], aside: Path) -> list[Given]:
+    """A model file, or those of a package's first variant; copies in ``aside`` where inputs are pinned."""
+    if not source.is_dir():
+        return [_pinned(Given(source, source), pins, aside)]
+    variant = read_directory(source).variants[0]
+    how, golden = variant.buckets, variant.golden.inputs
+    if not how:
+        return [_pinned(Given(source, variant.model, golden), pins, aside)]
+    found = []
+    for index, file in enumerate(variant.files):
+        feeds = tuple(padded(how, feed, index) for feed in golden if fitting(how, feed) == index)
+        found.append(_pinned(Given(source, file, feeds, file.stem.removeprefix(variant.model.stem)), pins, aside))
+    return found
+
+
+def _pinned(given: Given, pins: Mapping[str, tuple[int, ...]], aside: Path) -> Given:
     if not pins:
-        return Given(source, model_file(source), pins)
-    model = io.read(model_file(source))
+        return given
+    model, copy = io.read(given.model), aside / f"pinned{given.tag}.onnx"
     tidy.free_dims(model)
     tidy.pin(model, pins)
     io.write(tidy.settle_shapes(model)[0], copy)
-    return Given(source, copy, pins)
+    alike = (feed for feed in given.feeds if all(feed[name].shape == shape for name, shape in pins.items()))
+    return replace(given, model=copy, feeds=tuple(alike))
 
 
 def _move(path: Path, to: Path) -> None:
@@ -136,9 +156,7 @@ COMPILERS: dict[str, tuple[str, Callable[[Given, Target, Path], Compiled]]] = {
 def _runs(given: Given) -> list[tuple[Feed, Feed]]:
     """What the CPU computes of a package's golden samples, or of random inputs where there is none."""
     session = open_session(given.model)
-    golden = read_directory(given.source).variants[0].golden.inputs if given.source.is_dir() else ()
-    fitting = [feed for feed in golden[:RUNS] if all(feed[name].shape == shape for name, shape in given.pins.items())]
-    feeds = fitting or [feeds_like(session, seed) for seed in range(RUNS)]
+    feeds = given.feeds[:RUNS] or [feeds_like(session, seed) for seed in range(RUNS)]
     return [(dict(feed), run_session(session, feed)) for feed in feeds]
 
 

@@ -29,6 +29,8 @@ from edgeq.run.buckets import Bucketed, Buckets, bucket_files, fitting, padded
 from edgeq.run.record import Feed, Samples
 from edgeq.run.samples import subset
 from edgeq.run.session import Session, TensorSpec, input_specs, open_session, run_session
+from edgeq.target.isolated import IsolatedSession
+from edgeq.target.record import Target
 
 Opener: TypeAlias = Callable[..., Session]
 SEEN = 16  # sizes of samples, spread over all, at which the rules of the outputs are proven
@@ -46,7 +48,7 @@ def check_buckets(texts: Sequence[str], pads: Sequence[str], form: str, *, pixel
 
 def bucketed(
     model: ir.Model, texts: Sequence[str], pads: Sequence[str], calibration: Samples, evaluation: Samples,
-    recorder: Recorder,
+    target: Target, recorder: Recorder,
 ) -> tuple[Buckets | None, Samples, Samples]:  # fmt: skip
     """The buckets, calibration samples as they have them, evaluation samples that fit; all as it was without texts."""
     if not texts:
@@ -56,6 +58,9 @@ def bucketed(
     pad = ", ".join(f"{name!r} with {value:g}" for name, value in how["pad"].items() if how["open"][name])
     rules = "; ".join(map(_told_cut, how["cuts"])) or "no output follows a size"
     recorder.info("padding", f"inputs are padded at the end of their axes, {pad}; {rules}")
+    if not target.static:
+        text = f"target {target.name!r} takes any shape: latency is the largest bucket's, of the float files too"
+        recorder.warn("padded-latency", f"{text}; without --bucket nothing is padded")
     calibration = fitted(calibration, how, "calibration", recorder)
     return how, filled(calibration, how), fitted(evaluation, how, "evaluation", recorder)
 
@@ -197,14 +202,14 @@ def fitted(samples: Samples, how: Buckets, what: str, recorder: Recorder) -> Sam
             refused = str(error)
     if not kept:
         raise SampleError(f"no {what} sample fits a bucket: {refused}")
-    told = "; ".join(f"{_told(shapes)}: {counts[index]}" for index, shapes in enumerate(how["shapes"]))
+    told = "; ".join(f"{_named(how, index)}: {counts[index]}" for index in range(len(how["shapes"])))
     recorder.info("buckets", f"{what} samples by the bucket they are padded to: {told}")
     if len(kept) < len(samples):
         left = len(samples) - len(kept)
         recorder.warn("beyond-buckets", f"{left} of {len(samples)} {what} samples are left out: {refused}")
-    for index, shapes in enumerate(how["shapes"]):
+    for index in range(len(how["shapes"])):
         if what == "evaluation" and not counts[index]:
-            recorder.warn("unproven-bucket", f"no evaluation sample is run in the bucket {_told(shapes)}")
+            recorder.warn("unproven-bucket", f"no evaluation sample is run in the bucket {_named(how, index)}")
     return subset(samples, kept)
 
 
@@ -216,6 +221,27 @@ def filled(samples: Samples, how: Buckets) -> Samples:
         return padded(how, feed, fitting(how, feed))
 
     return replace(samples, read=read, digest=sha256_of(samples.digest, str(how)))
+
+
+def namer(how: Buckets | None) -> Callable[[Feed], str] | None:
+    """What the bucket is called that a sample is padded to."""
+    return (lambda feed: f"bucket {_named(how, fitting(how, feed))}") if how else None
+
+
+def _named(how: Buckets, index: int) -> str:
+    """A bucket by the shape of its first input that changes."""
+    name = next(name for name, axes in how["open"].items() if axes)
+    return f"{name}={','.join(map(str, how['shapes'][index][name]))}"
+
+
+def placement_told(session: Session, how: Buckets | None, recorder: Recorder) -> None:
+    """A warning for each bucket of which the CPU gets other nodes than of the largest, whose coverage is reported."""
+    sessions = session.sessions if isinstance(session, Bucketed) else ()
+    left = [one.on_cpu for one in sessions if isinstance(one, IsolatedSession)]
+    for index, found in enumerate(left):
+        if how and found != left[-1]:
+            words = f"bucket {_named(how, index)} leaves {found or 'nothing'} to the CPU, the largest {left[-1]}"
+            recorder.warn("bucket-placement", words)
 
 
 def one_each(samples: Samples, how: Buckets) -> Samples:

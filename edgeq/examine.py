@@ -18,7 +18,7 @@ from edgeq.analyse.place import Plan, free_costs, place
 from edgeq.analyse.store import Store
 from edgeq.apart import check as parting
 from edgeq.apart import on_device as parted
-from edgeq.bucketing import at_largest, fitted, opener
+from edgeq.bucketing import at_largest, fitted, namer, opener
 from edgeq.context import Context
 from edgeq.devices import facts_of, fitting, kept_up, ran
 from edgeq.errors import PackageError, RecipeError, UsageError
@@ -168,7 +168,7 @@ def validate(
             validation = measure(
                 model, variant.model, samples, metric=metric, limits=wanted.limits(), threads=counts,
                 provider=provider, seed=seed, device=device, opener=opener(variant.buckets),
-                feeds=at_largest(take(samples, TIMED_SAMPLES), variant.buckets),
+                kind=namer(variant.buckets), feeds=at_largest(take(samples, TIMED_SAMPLES), variant.buckets),
             )  # fmt: skip
         apart: tuple[Divergence, ...] = ()
         if device and (divergence or not all(check.passed for check in on_device)):

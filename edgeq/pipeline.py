@@ -17,7 +17,7 @@ from edgeq import steps
 from edgeq.analyse.layers import layers
 from edgeq.analyse.saturation import certify
 from edgeq.analyse.store import Store
-from edgeq.bucketing import Opener, at_largest, bucketed, check_buckets, one_each, opener, padding_told
+from edgeq.bucketing import at_largest, bucketed, check_buckets, namer, one_each, opener, padding_told, placement_told
 from edgeq.context import Context
 from edgeq.facts import environment, samples_facts, source_facts, target_facts, timing_facts
 from edgeq.given import (
@@ -54,14 +54,14 @@ from edgeq.rewrite.halve import rounded
 from edgeq.rewrite.pixels import picture_of
 from edgeq.run.record import Feed, Samples
 from edgeq.run.samples import load_samples, split, take
-from edgeq.run.session import open_session, run_session
+from edgeq.run.session import Session, open_session, run_session
 from edgeq.run.timing import TimedConfig
 from edgeq.search.settle import Draft, Settled, settle
 from edgeq.source import SourceInfo
 from edgeq.target import kernels
 from edgeq.target.detect import elsewhere
 from edgeq.target.oracle import Oracle
-from edgeq.target.record import CPU, Provider, Target
+from edgeq.target.record import Target
 from edgeq.validator import Judge, Validation, latency, refuse_unmeasured, size
 
 HELD_OUT = 0.25  # share of the calibration samples kept for evaluation when none are given
@@ -125,7 +125,7 @@ def export(
         model, chosen_target, calibration, evaluation, synthetic, preprocessing, inputs, limit, seed, recorder,
         loose=bool(buckets),
     )  # fmt: skip
-    shapes, calibrate, held_out = bucketed(source, buckets, pad, calibrate, held_out, recorder)
+    shapes, calibrate, held_out = bucketed(source, buckets, pad, calibrate, held_out, chosen_target, recorder)
     how = normalisation(calibrate, preprocessing_of(preprocessing), source) if pixels else None
     if how is not None:
         held_out = as_pixels(held_out, str(picture_of(source).name), how)
@@ -142,9 +142,11 @@ def export(
         prepared = steps.apply(plan, source, context)
         judge = Judge(
             reference, held_out, metric=metric, limits=wanted.limits(), threads=max(chosen_target.threads),
-            provider=chosen_target.execution, opener=opener(shapes),
+            provider=chosen_target.execution, opener=opener(shapes), kind=namer(shapes),
         )  # fmt: skip
-        after = postprocessing_of(postprocessing, names, _repeated(reference, take(held_out, GOLDEN_SAMPLES)))
+        after = postprocessing_of(
+            postprocessing, names, _repeated(open_session(reference), take(held_out, GOLDEN_SAMPLES))
+        )
         floats = _floats(source, prepared, reference, judge, context, folder)
         seen = floats[-1].checks or judge(floats[0].path, chosen_target.simulation)
         timed = not elsewhere(chosen_target)
@@ -152,13 +154,13 @@ def export(
         feeds = at_largest(take(held_out, TIMED_SAMPLES), shapes)
         settled = settle(floats, prepared.quantizer, judge, feeds, context, folder)
         validation = _validate(settled, floats, judge, feeds, len(held_out), wanted, context)
+        golden = _golden(settled.chosen, reference, held_out, context)
         report = _report(settled, validation, info, plan, prepared, calibrate, held_out, context)
         inside = {"pixels": how.to_dict()} if how else {"buckets": shapes} if shapes else {}
         report = replace(report, source={**report.source, **inside})
         if dump is not None:
             _dump(Path(dump), source, prepared, settled)
         words = {key: value for key, value in source.metadata_props.items() if value}
-        golden = _golden(settled.chosen, reference, held_out, context)
         package = Package(
             settled.chosen.path, report, golden, held_out.preprocessing, names, words, after,
             kernels=_libraries(settled.chosen.path),
@@ -279,9 +281,9 @@ def _against_itself(check: Check) -> Check:
     return replace(check, limit=None, passed=True, note=f"{check.note}; the float model itself ships")
 
 
-def _repeated(model: Path, samples: Samples, provider: Provider = CPU, opened: Opener = open_session) -> Golden:
+def _repeated(session: Session, samples: Samples) -> Golden:
     """Runs of a file, without tolerances."""
-    session, feeds = opened(model, provider=provider), [*samples]
+    feeds = [*samples]
     return Golden(tuple(feeds), tuple(run_session(session, feed) for feed in feeds), {})
 
 
@@ -296,10 +298,12 @@ def _golden(chosen: Draft, reference: Path, held_out: Samples, context: Context)
     errs: the tolerance is the largest distance of the shipped file, or its proof, from the float model as read, and at
     least 1e-4 of the output's peak."""
     opened = opener(context.buckets)
+    session = opened(chosen.path, provider=context.target.execution)
+    placement_told(session, context.buckets, context.recorder)
     some = one_each(held_out, context.buckets) if context.buckets else take(held_out, GOLDEN_SAMPLES)
-    shipped = _repeated(chosen.path, some, context.target.execution, opened)
-    exact = _repeated(reference, some)
-    proved = _repeated(chosen.proof, some, opened=opened).outputs if chosen.proof is not None else ()
+    shipped = _repeated(session, some)
+    exact = _repeated(open_session(reference), some)
+    proved = _repeated(opened(chosen.proof), some).outputs if chosen.proof is not None else ()
     tolerances: dict[str, float] = {}
     for output, truth in zip((*shipped.outputs, *proved), exact.outputs * (2 if proved else 1), strict=True):
         for name, array in output.items():

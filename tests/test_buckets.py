@@ -28,6 +28,7 @@ from edgeq.report.record import Report
 from edgeq.report.recorder import Recorder
 from edgeq.run.buckets import Bucketed, Buckets, cut_size
 from edgeq.run.session import open_session, run_session
+from edgeq.target.detect import local_name
 from tests.graphs import graph
 from tests.packaged import reseal
 from tests.placed import samples_of
@@ -148,6 +149,8 @@ def test_nothing_of_padding_is_silent(exported: tuple[Report, Path]) -> None:
     assert notices["beyond-buckets"].startswith("1 of 9 evaluation samples are left out: input 'x' is [1, 1, 8, 65]")
     assert "snr_db" in notices["padding-alone"]
     assert exported[0].check("cosine").samples == 8
+    assert "worst in bucket x=1,1,8," in exported[0].check("cosine").note
+    assert "'cpu-arm64' takes any shape" in notices["padded-latency"]
 
 
 def test_figures_hold_what_padding_costs(tmp_path: Path) -> None:
@@ -297,7 +300,6 @@ def test_what_takes_one_model_names_the_files(exported: tuple[Report, Path], tmp
         return error.value
 
     for error in (
-        refused(compile_for, package, ["local"], tmp_path / "compiled"),
         refused(edgeq.bench, [package]),
         refused(edgeq.observe, package, calibration="tests.test_buckets:lines"),
     ):
@@ -305,6 +307,14 @@ def test_what_takes_one_model_names_the_files(exported: tuple[Report, Path], tmp
         assert error.hint == "name one of them, in that folder: model.bucket0.onnx, model.onnx"
     error = refused(edgeq.package, [package], out=tmp_path / "web", form="web")
     assert "the package has shape buckets, the loader of the form 'web'" in error.message
+
+
+def test_every_bucket_is_compiled(exported: tuple[Report, Path], tmp_path: Path) -> None:
+    made = compile_for(exported[1], ["local"], tmp_path / "compiled")
+    assert [one.path.name for one in made] == [f"{local_name()}.bucket0.ort", f"{local_name()}.ort"]
+    assert all(one.fidelity["cosine"] > 0.999 for one in made)
+    for one, width in zip(made, (32, 64), strict=True):
+        assert open_session(one.path).get_inputs()[0].shape == [1, 1, 8, width]
 
 
 def test_package_written_again_keeps_its_buckets(exported: tuple[Report, Path], tmp_path: Path) -> None:

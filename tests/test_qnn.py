@@ -19,12 +19,14 @@ import pytest
 import edgeq
 from edgeq import steps
 from edgeq.ahead import compile_for
+from edgeq.bucketing import placement_told
 from edgeq.context import Context
 from edgeq.errors import ModelError, OutputError, RuntimeUnavailableError, SampleError, TargetError, UsageError
 from edgeq.ir import io
 from edgeq.packaging import read_directory
 from edgeq.report.record import Report
 from edgeq.report.recorder import Recorder
+from edgeq.run.buckets import Bucketed
 from edgeq.run.session import open_session, run_session
 from edgeq.source import read_model
 from edgeq.target import isolated
@@ -190,6 +192,22 @@ def test_buckets_run_whole_on_the_npu(recipe: str, tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-1:] == [f"{PROVIDER} [(1, 2, 6), (1, 9, 6), (1, 16, 6)]"], done.stderr
 
 
+def test_bucket_that_leaves_more_to_the_cpu_is_named() -> None:
+    target, recorder, shapes = load_target(TARGET), Recorder(), ([4, 64], [8, 64])
+    form = "(float{0} x) => (float{0} y) {{ a = MatMul(x, w) b = Relu(a) c = {1}(b) d = MatMul(c, w) y = Relu(d) }}"
+    models = [
+        read_model(graph(form.format(shape, op), {"w": normal(64, 64)}), opset=target.opset)[0]
+        for shape, op in zip(shapes, ("Erf", "Sigmoid"), strict=True)
+    ]
+    session = Bucketed(
+        {"shapes": [{"x": shape} for shape in shapes], "pad": {"x": 0.0}, "open": {"x": [0]}, "cuts": []},
+        [open_session(model, provider=target.execution) for model in models],
+    )
+    placement_told(session, session.how, recorder)
+    (notice,) = recorder.notices
+    assert notice.message == "bucket x=4,64 leaves {'Erf': 1} to the CPU, the largest {}"
+
+
 # --- what providers don't check -------------------------------------------------------------------------------------
 
 
@@ -330,6 +348,23 @@ def test_zoo_model_runs_whole_on_the_npu_and_keeps_its_accuracy(
         assert drop.samples == SAMPLES
         assert not crops or report.check("ink_reference").value > 0.02, "there is text on them"
         assert drop.value <= 0.01
+
+
+def test_zoo_lines_of_any_width_run_in_buckets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGEQ_ZOO_CALIBRATION", "16")
+    monkeypatch.setenv("EDGEQ_ZOO_EVALUATION", "6")
+    entry = ZOO["OCR4r"]
+    report = edgeq.export(
+        float_model("OCR4r"), target=TARGET, recipe=RECIPES["a8w8"], out=tmp_path / "model.edgeq", max_drop=0.02,
+        calibration=entry.calibration, evaluation=entry.evaluation, metric=entry.metric,
+        buckets=["x=1,3,48,320", "x=1,3,48,640"],
+    )  # fmt: skip
+    assert report.passed and report.coverage is not None and report.coverage.integer_macs_share == 1.0
+    for file in read_directory(tmp_path / "model.edgeq").variants[0].files:
+        assert on_cpu(file) == {"QuantizeLinear": 1, "DequantizeLinear": 1}
+    codes = {notice.code for notice in report.notices}
+    assert "padding-alone" in codes and "bucket-placement" not in codes
+    assert report.check("size_ratio").value < 0.35, "weights once"
 
 
 # --- ahead of time --------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import traceback
 import weakref
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from edgeq.errors import EdgeqError, RuntimeUnavailableError
 from edgeq.target.environment import python_for
 from edgeq.target.provider import (
     RefusedError,
+    assigned,
     check_owners,
     check_taken,
     first_line,
@@ -37,7 +39,7 @@ from edgeq.target.provider import (
     runtime_errors,
     silent,
 )
-from edgeq.target.record import Provider
+from edgeq.target.record import CPU, Provider
 
 
 @dataclass(frozen=True)
@@ -53,11 +55,13 @@ class IsolatedSession:
     """A session in the other process, with the part of ``InferenceSession``'s interface that edgeq uses.
 
     Raises RefusedError where the runtime refuses the model, RuntimeUnavailableError where the provider took none of it,
-    which of a ``silent`` one shows in the first run."""
+    which of a ``silent`` one shows in the first run. ``on_cpu``: how many nodes of each op the CPU got, as far as the
+    runtime tells."""
 
     def __init__(self, model: Path | bytes, provider: Provider, settings: Mapping[str, Any]) -> None:
         self._process = _process(provider)
-        self._number, self._inputs, self._outputs = self._process.call("open", model, provider, dict(settings))
+        opened = self._process.call("open", model, provider, dict(settings))
+        self._number, self._inputs, self._outputs, self.on_cpu = opened
         weakref.finalize(self, self._process.forgotten.append, self._number)
 
     def get_inputs(self) -> Sequence[Argument]:
@@ -191,7 +195,8 @@ class _Server:
             tuple(Argument(one.name, one.type, tuple(one.shape)) for one in side)
             for side in (session.get_inputs(), session.get_outputs())
         )
-        return self.opened, inputs, outputs
+        on_cpu = Counter(owner.op for owner in assigned(session).values() if owner.provider == CPU.name)
+        return self.opened, inputs, outputs, dict(on_cpu)
 
     def run(self, number: int, names: list[str], feed: dict[str, Any]) -> list[Any]:
         found: list[Any] = self.sessions[number].run(names, feed)

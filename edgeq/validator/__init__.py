@@ -74,6 +74,7 @@ def validate(
     seed: int = 0,
     device: Device | None = None,
     opener: Callable[..., Session] = open_session,
+    kind: Callable[[Feed], str] | None = None,
     feeds: Sequence[Feed] = (),
 ) -> Validation:
     """Measure ``artifact`` against ``reference`` on ``samples``.
@@ -82,7 +83,7 @@ def validate(
     class-like output mean top1. ``floats`` are more float configurations the artefact has to beat. Raises UsageError
     for a limit on what isn't measured. On a ``device`` the reference gives its outputs here, all else is measured
     there; the clock of an emulated one proves nothing, so it is held to nothing. ``opener`` opens the artefact to
-    judge it, ``feeds`` are what is timed if that isn't some of the samples.
+    judge it, ``kind`` is as of ``Judge``, ``feeds`` are what is timed if that isn't some of the samples.
     """
     limits, emulated = limits or {}, device is not None and bool(device.facts.emulator)
     with ExitStack() as stack:
@@ -91,7 +92,14 @@ def validate(
             io.write(reference, Path(folder) / "reference.onnx")
             reference = Path(folder) / "reference.onnx"
         judge = Judge(
-            reference, samples, metric=metric, limits=limits, threads=max(threads), provider=provider, opener=opener
+            reference,
+            samples,
+            metric=metric,
+            limits=limits,
+            threads=max(threads),
+            provider=provider,
+            opener=opener,
+            kind=kind,
         )
         clock = Clock(device) if device else None
         tested = TimedConfig("artifact", artifact, provider=provider)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,9 @@ import onnxruntime
 from edgeq.errors import ModelError, SampleError, UsageError, did_you_mean
 from edgeq.num import metrics
 from edgeq.num.intervals import Interval
-from edgeq.num.metrics import METRICS
+from edgeq.num.metrics import METRICS, Metric
 from edgeq.report.record import Check
+from edgeq.report.rows import number
 from edgeq.run.record import Array, Feed, Samples
 from edgeq.run.session import Session, open_session, output_specs, run_session
 from edgeq.source.import_path import load
@@ -39,6 +40,7 @@ MAX_DROPS = {"perplexity": 0.02}  # a share of the reference's
 ONE_SAMPLE = 1.001  # a sample and the rounding of the division
 CACHE_BYTES = 64 << 20  # outputs of the reference kept between calls of one Judge
 PERFECT = {"cosine": 1.0, "exact_match": 1.0, "agreement_top1": 1.0}
+Values = dict[tuple[str, str], list[tuple[float, str]]]  # (metric, output) -> the value and kind of each sample
 WORST = {"snr_db": -np.inf, "cosine": -np.inf, "max_abs": np.inf}  # of outputs that differ in shape; else 0
 
 
@@ -46,7 +48,7 @@ class Judge:
     """Compares artefacts with one reference on one set of samples; a call is one artefact -> its accuracy checks.
 
     The reference runs on the CPU, in its own float format, whatever ``provider`` the artefacts run on;
-    ``opener`` opens these.
+    ``opener`` opens these. Notes name the worst ``kind`` of samples, where they have kinds.
 
     A custom metric ``fn(values, label) -> float`` gets a sample's inputs and outputs by name and its label (None
     without labels); higher is better. With an attribute ``corpus = True`` it is called once as ``fn(list of values,
@@ -66,8 +68,9 @@ class Judge:
         threads: int = 2,
         provider: Provider = CPU,
         opener: Callable[..., Session] = open_session,
+        kind: Callable[[Feed], str] | None = None,
     ) -> None:
-        self.samples, self._open = samples, opener
+        self.samples, self._open, self._kind = samples, opener, kind
         self._metric = metric
         self._settings: dict[str, Any] = {"threads": threads, "provider": provider}
         self._session = open_session(
@@ -93,14 +96,15 @@ class Judge:
 
     def judged(self, runs: Iterable[tuple[Feed, Feed]]) -> tuple[Check, ...]:
         """Accuracy checks of ``outputs`` computed anywhere: each sample with them, in order."""
-        values: dict[tuple[str, str], list[float]] = defaultdict(list)  # (metric, output) -> one value a sample
+        values: Values = defaultdict(list)
         expected, found = Scores(self._score), Scores(self._score)
         for index, (feed, test) in enumerate(runs):
             label = None if self.samples.labels is None else self.samples.labels[index]
             truth = self._expected(index, feed)
             for output in self.outputs:
                 for name in self._comparisons[output]:
-                    values[name, output] += _compare(name, truth[output], test[output], feed)
+                    kind = self._kind(feed) if self._kind else ""
+                    values[name, output] += [(v, kind) for v in _compare(name, truth[output], test[output], feed)]
             expected.add({**feed, **truth}, label)
             found.add({**feed, **test}, label)
         return (*self._score_checks(expected, found), *self._comparison_checks(values))
@@ -213,24 +217,37 @@ class Judge:
             held(f"{name}_drop", drop, limits, samples=count),
         ]
 
-    def _comparison_checks(self, values: Mapping[tuple[str, str], list[float]]) -> list[Check]:
+    def _comparison_checks(self, values: Values) -> list[Check]:
         """Of every metric its worst output."""
         checks = []
         for name in dict.fromkeys(name for name, _ in values):
             row = METRICS[name]
             measured = {
-                output: (metrics.measure(row, np.asarray(found)), len(found))
+                output: (metrics.measure(row, np.array([value for value, _ in found])), len(found))
                 for (other, output), found in values.items()
                 if other == name
             }
             pick = min if row.higher_is_better else max
             worst = pick(measured, key=lambda output: measured[output][0].value)
             interval, count = measured[worst]
-            note = f"output {worst!r}, the worst of {len(measured)}" if len(measured) > 1 else ""
-            checks.append(held(name, interval, self._limits, unit=row.unit, samples=count, note=note))
+            notes = [f"output {worst!r}, the worst of {len(measured)}"] if len(measured) > 1 else []
+            notes += _worst_kind(row, values[name, worst])
+            checks.append(held(name, interval, self._limits, unit=row.unit, samples=count, note="; ".join(notes)))
             if name in PERFECT and name == self._metric:
                 checks.append(held(f"{name}_drop", _from(PERFECT[name], interval), self._limits, samples=count))
         return checks
+
+
+def _worst_kind(row: Metric, values: Sequence[tuple[float, str]]) -> list[str]:
+    """The kind of samples with the worst value, in words, where there are several."""
+    kinds: dict[str, list[float]] = defaultdict(list)
+    for value, kind in values:
+        kinds[kind].append(value)
+    if len(kinds) < 2:
+        return []
+    measured = {kind: metrics.measure(row, np.array(found)).value for kind, found in kinds.items()}
+    worst = (min if row.higher_is_better else max)(measured, key=measured.__getitem__)
+    return [f"worst in {worst}: {number(measured[worst])} on {len(kinds[worst])} samples"]
 
 
 def accuracy(reference: Path | onnx_ir.Model, artifact: Path, samples: Samples, **settings: Any) -> tuple[Check, ...]:
