@@ -33,6 +33,7 @@ from edgeq.target.isolated import IsolatedSession
 from edgeq.target.record import Target
 
 Opener: TypeAlias = Callable[..., Session]
+PARTS, STEP = 3, 32  # buckets that are suggested, and what their sizes are multiples of: strides are, mostly
 SEEN = 16  # sizes of samples, spread over all, at which the rules of the outputs are proven
 
 
@@ -86,6 +87,22 @@ def buckets_of(model: ir.Model, texts: Sequence[str], pads: Sequence[str], sampl
     }
     how["open"] = {spec.name: [axis for axis, dim in enumerate(spec.shape) if isinstance(dim, str)] for spec in specs}
     return {**how, "cuts": _cuts(model, specs, sorted(chosen, key=lambda s: _elements(_shapes(specs, s))), fed)}
+
+
+def suggested(model: ir.Model, samples: Samples) -> list[str]:
+    """Buckets for these samples, as ``buckets_of`` reads them: up to what a third, two thirds and all of them need."""
+    specs = input_specs(model)
+    fed = [_dims(specs, feed) for feed in samples]
+    sizes = {dim: sorted(one[dim] for one in fed) for dim in fed[0]}
+    found = []
+    for part in range(1, PARTS + 1):
+        at = {dim: some[-(-len(some) * part // PARTS) - 1] for dim, some in sizes.items()}
+        wide = {dim: at[dim] if some[0] == some[-1] else -(-at[dim] // STEP) * STEP for dim, some in sizes.items()}
+        if len(specs) == 1:
+            found.append(_told(_shapes(specs, wide)))
+        else:
+            found.append(" ".join(f"{dim}={wide[dim]}" for dim, some in sizes.items() if some[0] != some[-1]))
+    return list(dict.fromkeys(found))
 
 
 def _dims(specs: Sequence[TensorSpec], feed: Feed) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import onnx_ir as ir
 
 from edgeq.analyse.statistics import Statistics, merged
 from edgeq.analyse.statistics import read as read_statistics
+from edgeq.bucketing import suggested
 from edgeq.errors import SampleError, UsageError, did_you_mean
 from edgeq.ir import query
 from edgeq.packaging import PACKAGES, read_directory
@@ -127,10 +129,10 @@ def read_with_samples(
             pins = {**_fixed_shapes(samples), **pins}
             source, info = read_model(model, opset=target.opset, pins=pins)
             if names := symbolic(source):
-                shape = f"{names[0]}={','.join(map(str, samples.read(0)[names[0]].shape))}"
+                words = " ".join(f"--bucket {shlex.quote(text)}" for text in suggested(source, samples))
                 raise UsageError(
                     f"target {target.name!r} takes fixed shapes only, and those of input {names[0]!r} differ by sample",
-                    hint=f"pad them to a few shapes, --bucket {shape} for each, or give samples of one shape",
+                    hint=f"export pads them to a few shapes, here for example {words}; or give samples of one shape",
                 )
         if branches(source):
             example = _fixed_scalars(samples)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import edgeq
 from edgeq.ahead import compile_for
 from edgeq.analyse.follow import rules
-from edgeq.bucketing import buckets_of, fitted, opener
+from edgeq.bucketing import buckets_of, fitted, opener, suggested
 from edgeq.errors import EdgeqError, ModelError, PackageError, SampleError, UsageError
 from edgeq.ir import io
 from edgeq.lower.pin import pinned
@@ -276,6 +276,16 @@ def test_samples_that_no_bucket_holds() -> None:
     assert [one.message for one in recorder.notices if one.code == "unproven-bucket"] == [
         "no evaluation sample is run in the bucket x=1,1,8,32"
     ]
+
+
+def test_buckets_are_suggested_that_hold_all_samples() -> None:
+    samples = samples_of(lines((20, 33, 40, 100, 90, 7)))
+    assert suggested(net(), samples) == ["x=1,1,8,32", "x=1,1,8,64", "x=1,1,8,128"]
+    how = buckets_of(net(), suggested(net(), samples), [], [samples])
+    assert len(fitted(samples, how, "calibration", Recorder())) == 6
+    model = graph("(float[B,S] x, float[B,S] m) => (float[B,S] y) { y = Mul(x, m) }")
+    rows = [{"x": np.ones((1, size), np.float32), "m": np.ones((1, size), np.float32)} for size in (3, 70)]
+    assert suggested(model, samples_of(rows)) == ["S=32", "S=96"]
 
 
 @pytest.mark.parametrize(

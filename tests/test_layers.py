@@ -32,7 +32,7 @@ LAYERS = {
     "packaging": 8,
     "recipe": 9,
     "context": 9,
-    "bucketing": 9,
+    "bucketing": 8.5,
     "halving": 9.3,
     "pixels": 9,
     "quantizer": 9.3,

@@ -163,7 +163,7 @@ def test_shapes_that_differ_are_an_error(tmp_path: Path) -> None:
     np.savez(tmp_path / "one.npz", x=np.zeros((2, 3, 8, 8), np.float32))
     with pytest.raises(UsageError, match="takes fixed shapes only") as error:
         edgeq.export(tmp_path / "net.onnx", target=TARGET, calibration="tests.test_qnn:two_shapes", out=tmp_path / "o")
-    assert "--bucket x=1,3,8,8" in error.value.hint
+    assert "--bucket x=1,3,32,8" in error.value.hint
 
 
 def two_shapes() -> list[dict[str, np.ndarray]]:
