@@ -26,11 +26,13 @@ from edgeq.analyse.segments import segments
 from edgeq.analyse.sensitivity import Job, Noise, Probe, decibel, from_decibel, only, sensitivity, together
 from edgeq.analyse.stats import Stats
 from edgeq.context import Context
+from edgeq.halving import Held, held, islands
 from edgeq.ir import query, verify
 from edgeq.ir.ops import OPS
 from edgeq.ir.pixels import codes_of
 from edgeq.lower.fuse import fuse
 from edgeq.lower.tables import tabulate
+from edgeq.num.formats import Float
 from edgeq.num.quant import Coded
 from edgeq.report.record import AtomNoise, Coverage
 from edgeq.rewrite.qdq import insert_qdq
@@ -67,10 +69,13 @@ class Quantizer:
         rounding: str = "nearest",
         relief_db: float = 0.0,
         bias: str = BIASES[0],
+        narrow: Float | None = None,
     ) -> None:
-        """``relief_db``: how much less noise than all that fuses makes is wanted, whatever limits say."""
+        """``relief_db``: how much less noise than all that fuses makes is wanted, whatever limits say. ``narrow``: the
+        16-bit floats that what is left float computes in."""
         self.model, self.context, self.rounding, self.relief_db = model, context, rounding, relief_db
-        self.bias = bias
+        self.bias, self.narrow = bias, narrow
+        self.held: Held | None = None  # by what, of the nodes that could compute in ``narrow``
         self.asked_ranges = ranges
         self.ranges: encoding.Ranges | None = None if ranges in ("auto", "search") else encoding.Ranges(ranges, ranges)
         self.shapes = concrete_shapes(model, context.example())
@@ -88,7 +93,8 @@ class Quantizer:
 
     def over(self, model: ir.Model) -> Quantizer:
         """A quantizer with the same options for another form of the model."""
-        return Quantizer(model, self.context, self.asked_ranges, self.rounding, self.relief_db, self.bias)
+        options = (self.asked_ranges, self.rounding, self.relief_db, self.bias, self.narrow)
+        return Quantizer(model, self.context, *options)
 
     def work(self, atom: placement.Atom) -> int:
         """Multiply-accumulates of an atom on the first sample's shapes."""
@@ -232,7 +238,7 @@ class Quantizer:
             plan = self._holdable(extra)
             model = self.build(plan)
             read = read_back if self.context.target.provider == CPU.name else taken.read_back
-            lowered, _ = fuse(model, self.context.target)
+            lowered, _ = fuse(self.finished(plan, model), self.context.target)
             seen, wrong = read(self.context.at_largest(lowered), plan, self.shapes, self.context.target)
             if not wrong:
                 break
@@ -241,6 +247,15 @@ class Quantizer:
             model = self._corrected(plan, model)
         verify.verify(model, "inserting Q/DQ")
         return plan, model, seen
+
+    def finished(self, plan: placement.Plan, model: ir.Model) -> ir.Model:
+        """The QDQ model of a plan as it ships, but for the kernels of its target: what stays float in 16 bits, where
+        the recipe asks for it."""
+        if self.narrow is None:
+            return model
+        self.held = self.held or held(self.model, self.context, self.narrow)
+        integer = {str(node.name) for atom in plan.atoms if atom.name in plan.integer for node in atom.nodes}
+        return islands(model, self.held, self.context, integer)
 
     def _corrected(self, plan: placement.Plan, model: ir.Model) -> ir.Model:
         """``model`` with biases that make up for all errors before them, if samples not learnt from gain by it."""

@@ -26,7 +26,7 @@ from edgeq.errors import RecipeError
 from edgeq.halving import halved
 from edgeq.ir import io, verify
 from edgeq.num.fit import METHODS
-from edgeq.num.formats import Int, parse_format
+from edgeq.num.formats import Float, Int, parse_format
 from edgeq.num.quant import TENSOR, Coded, QParams, Quant, parse_quant
 from edgeq.num.rounding import ROUNDERS
 from edgeq.quantizer import BIASES, LEAST_REDUCTION, Quantizer
@@ -126,15 +126,22 @@ def _quieter(model: ir.Model, result: ir.Model, probe: Probe, context: Context, 
 
 def half(model: ir.Model, context: Context, *, format: str = "target") -> ir.Model:
     """Nodes in 16-bit floats: f16, bf16, or what the target's kernels want. What a provider hasn't and what the format
-    can't hold stays f32, with one cast a border. Inputs and outputs keep their types."""
+    can't hold stays f32, with one cast a border. Inputs and outputs keep their types. Behind quantize: what that leaves
+    float."""
+    form = _halves(context, format)
+    return model if form is None else halved(model, context, form)
+
+
+def _halves(context: Context, format: str = "target") -> Float | None:
+    """The 16-bit floats that are asked for; None, and a notice, where the target wants none."""
     form = parse_format(context.target.float_format if format == "target" else format)
-    if form in DTYPES:
-        return halved(model, context, form)
+    if isinstance(form, Float) and form in DTYPES:
+        return form
     if format != "target":
         raise RecipeError(f"half(format={format}) is no 16-bit float", hint="use f16, bf16 or target")
     text = f"target {context.target.name!r} computes floats in {form}: nothing is converted"
     context.recorder.info("no-halves", f"{text} (half(format=f16) does it all the same)")
-    return model
+    return None
 
 
 def embeddings(model: ir.Model, context: Context, *, format: str = "i8/channel") -> ir.Model:
@@ -310,20 +317,24 @@ class Prepared:
 
 
 def apply(recipe: Recipe, model: ir.Model, context: Context) -> Prepared:
-    """Run the steps in order. ``quantize`` must come last, those that store weights behind those that read them. Raises
-    RecipeError otherwise."""
+    """Run the steps in order. ``quantize`` must come last but for ``half``, those that store weights behind those that
+    read them. Raises RecipeError otherwise."""
     prepared, stores = Prepared(model), ""
     for step in recipe.steps:
         prepared.stored |= step.name == "weights"
-        if stores and step.name in READ_WEIGHTS:
+        if prepared.quantizer is not None and step.name != "half":
+            raise RecipeError(f"step {step.name!r} stands behind quantize", hint="put quantize last, but for half")
+        if stores and step.name in READ_WEIGHTS and prepared.quantizer is None:
             raise RecipeError(f"step {step.name!r} stands behind {stores}", hint=f"put {step.name} first")
         stores = step.name if step.name in STORE else stores
-        if prepared.quantizer is not None:
-            raise RecipeError(f"step {step.name!r} stands behind quantize", hint="put quantize last")
         if prepared.halved and step.name == "quantize":
-            raise RecipeError("step 'quantize' stands behind half", hint="make one file of each, or leave one out")
+            hint = "put half last: what quantize leaves float then computes in 16 bits"
+            raise RecipeError("step 'quantize' stands behind half", hint=hint)
         result = _run(step, prepared.model, context)
-        prepared.halved |= step.name == "half" and result is not prepared.model
+        if step.name == "half" and result is not prepared.model:
+            prepared.halved = True
+            if prepared.quantizer is not None:
+                prepared.quantizer.narrow = _halves(context, **step.options)
         if isinstance(result, Quantizer):
             prepared.quantizer = result
         else:

@@ -323,7 +323,7 @@ def test_a_target_of_float32_wants_none() -> None:
     ("recipe", "message", "hint"),
     [
         ("half(format=i8)", "half(format=i8) is no 16-bit float", "use f16, bf16 or target"),
-        ("half(format=f16); quantize", "step 'quantize' stands behind half", "make one file of each"),
+        ("half(format=f16); quantize", "step 'quantize' stands behind half", "put half last"),
         ("weights(format=i8/channel); half(format=f16)", "step 'half' stands behind weights", "put half first"),
     ],
 )

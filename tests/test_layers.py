@@ -33,7 +33,7 @@ LAYERS = {
     "recipe": 9,
     "context": 9,
     "bucketing": 8.5,
-    "halving": 9.3,
+    "halving": 9.2,
     "pixels": 9,
     "quantizer": 9.3,
     "steps": 9.5,

@@ -6,14 +6,17 @@ What the emulator computes is judged by float on the CPU; what ran where is aske
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import signal
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 import edgeq
@@ -33,6 +36,7 @@ from edgeq.target import isolated
 from edgeq.target.load import load_target
 from edgeq.target.oracle import Oracle
 from edgeq.target.patterns import table
+from edgeq.target.placement import plain
 from edgeq.target.provider import assigned, open_on
 from tests import small_net, test_buckets
 from tests.bench.forecast import compare
@@ -113,6 +117,49 @@ def test_16_bit_floats_are_rounded_as_was_told(files: Path, tmp_path: Path) -> N
     assert report.check("size_ratio").value < 0.53
     (told,) = [row["checks"]["snr_db"] for row in report.candidates if row["ships"]]
     assert report.check("snr_db").value == pytest.approx(told, abs=1)  # on the NPU, and on the CPU each tensor rounded
+
+
+FLOATS = {0x0216: "f16", 0x0232: "f32"}  # QnnTypes.h
+
+
+def real_kernels(path: Path, folder: Path) -> dict[str, set[str]]:
+    """Kernels of what QNN compiles ``path`` to that read or write floats -> in which formats."""
+    provider = load_target(TARGET).execution
+    folder.mkdir()
+    options = {**provider.options, "dump_json_qnn_graph": "1", "json_qnn_graph_dir": str(folder)}
+    open_on(path, replace(provider, options=options), {})
+    found: dict[str, set[str]] = {}
+    for file in folder.glob("*.json"):
+        graph = json.loads(file.read_text()).get("graph", {"nodes": {}, "tensors": {}})
+        types = {name: FLOATS.get(tensor["data_type"]) for name, tensor in graph["tensors"].items()}
+        for name, node in graph["nodes"].items():
+            formats = {types[edge] for edge in (*node["input_names"], *node["output_names"]) if types.get(edge)}
+            found |= {plain(name): formats} if formats else {}
+    return found
+
+
+def test_what_quantize_leaves_float_runs_in_16_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGEQ_ZOO_CALIBRATION", "16")
+    monkeypatch.setenv("EDGEQ_ZOO_EVALUATION", "4")
+    entry = ZOO["EFL0"]
+    report = edgeq.export(
+        float_model("EFL0"), target=TARGET, recipe="canonicalize; quantize(ranges=minmax, relief=6); half",
+        out=tmp_path / "net.edgeq", max_drop=0.3, calibration=entry.calibration, evaluation=entry.evaluation,
+        metric=entry.metric,
+    )  # fmt: skip
+    assert report.passed and report.coverage is not None and report.artifact is not None
+    assert report.coverage.integer_nodes and report.coverage.float_nodes
+    path = Path(report.artifact.path)
+    kernels = real_kernels(path, tmp_path / "graphs")
+    of_type = {
+        dtype: {
+            str(node.name) for node in io.read(path).graph if node.op_type == "Conv" and node.outputs[0].dtype == dtype
+        }
+        for dtype in (ir.DataType.FLOAT16, ir.DataType.FLOAT)
+    }
+    narrow, codes = of_type.values()
+    assert narrow and {name: kernels.get(name) for name in narrow} == {key: {"f16"} for key in narrow}
+    assert codes and not codes & kernels.keys(), "their kernels read and write codes"
 
 
 def test_what_the_npu_does_not_take_in_16_bits_stays_float32() -> None:

@@ -28,6 +28,7 @@ from edgeq.lower.legalize import legalize
 from edgeq.lower.tables import tabulate
 from edgeq.quantizer import Quantizer
 from edgeq.report.record import Check, Coverage
+from edgeq.rewrite.halve import rounded
 from edgeq.run.record import Feed
 from edgeq.run.timing import Ratio, TimedConfig, compare, ratio
 from edgeq.steps import equalize
@@ -258,8 +259,13 @@ def _draft(
             context.recorder.info("no-gain", f"draft {name!r} is empty: no node left gains from integers here")
             return None
         path = folder / f"{name.replace(' ', '-').replace(',', '')}.onnx"
-        context.emit(context.lower(legalize(model, context.target)), path)
-    return Draft(name, path, model, plan, seen, kept_float=extra or {}, quantizer=quantizer)
+        lowered = context.lower(quantizer.finished(plan, legalize(model, context.target)))
+        context.emit(lowered.clone(), path)
+        proof = None
+        if quantizer.narrow is not None and context.target.provider == CPU.name:
+            proof = path.with_name(f"{path.stem}-rounded.onnx")
+            context.emit(rounded(lowered), proof)
+    return Draft(name, path, model, plan, seen, kept_float=extra or {}, quantizer=quantizer, proof=proof)
 
 
 def _in_own_kernels(drafts: Sequence[Draft], judge: Judge, context: Context) -> list[Draft]:
@@ -273,7 +279,7 @@ def _in_own_kernels(drafts: Sequence[Draft], judge: Judge, context: Context) -> 
             tabled = [tabulate(verify.infer_shapes(io.read(file))) for file in context.files(draft.path)]
             model, count = tabled[-1]
             facts.update(draft=draft.name, tables=count)
-        if not count or draft.plan is None or draft.quantizer is None:
+        if not count or draft.plan is None or draft.quantizer is None or draft.proof is not None:
             continue
         if isinstance(lacking := kernels.here(), str):
             context.recorder.info("no-kernels", f"functions of codes stay in the runtime's kernels: {lacking}")
@@ -291,7 +297,7 @@ def _in_own_kernels(drafts: Sequence[Draft], judge: Judge, context: Context) -> 
 def _judged(draft: Draft, judge: Judge, context: Context) -> Draft:
     with context.recorder.step("judge") as facts:
         facts["draft"] = draft.name
-        return replace(draft, checks=tuple(judge(draft.path)))
+        return replace(draft, checks=tuple(judge(draft.proof or draft.path)))
 
 
 def _repairs(draft: Draft, judge: Judge, context: Context, folder: Path) -> Iterator[Draft]:
