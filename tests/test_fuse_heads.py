@@ -146,6 +146,23 @@ def test_heads_in_another_order_are_not_shared(repeat: str) -> None:
     assert {"Expand", "Tile"} & set(ops(found))
 
 
+def test_heads_are_counted_by_the_width_of_rows() -> None:
+    """Where nobody knows that the axis of one input is as long as that of another: positions added by dynamo."""
+    body = "z = Shape(ids) sq = Concat<axis=0>(z, rest) " + SPLIT.replace("sk", "sq").replace("k4", "kr").replace(
+        "v4", "vr"
+    )
+    text = f"{body} {SOFTMAX} {JOINED}"
+    inputs = ", ".join(f"float[B,S,{WIDTH}] {x}" for x in "qkv")
+    weights = {"rest": np.array([-1, SIZE]), **{name: WEIGHTS[name] for name in ("scale", "joined")}}
+    model = graph(f"({inputs}, int64[B,T] ids, float[B,1,S,T] m) => (float[B,S,{WIDTH}] y) {{ {text} }}", weights)
+    arrays = {name: normal(2, 3, WIDTH) for name in "qkv"} | {
+        "ids": np.zeros((2, 3), np.int64),
+        "m": normal(2, 1, 3, 3),
+    }
+    result = fused(model, arrays)
+    assert ops(result) == ["Max", "Attention"] and node_of(result, "Attention").attributes["q_num_heads"].value == HEADS
+
+
 def test_normalized_heads_and_a_gemm_behind_take_rows_too() -> None:
     """Qwen3 norms each head before it turns them; GPT-2 multiplies [B S, heads D]."""
     body = SPLIT.replace("Transpose<perm=[0,2,1,3]>(q3)", "Transpose<perm=[0,2,1,3]>(qn)")

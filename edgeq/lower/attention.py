@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from edgeq.ir import query
-from edgeq.lower import masks
+from edgeq.lower import heads, masks
 from edgeq.lower.heads import SPLIT, permutation
 from edgeq.rewrite.match import Edit, each, producer, product, rank, read_once, reader, scalar
 
@@ -28,8 +28,8 @@ class Keys:
     value: ir.Value
     split: bool = True
 
-    def heads(self) -> int | None:
-        return (query.dims(self.value) or (None,) * 4)[1 if self.split else 2]
+    def count(self) -> int | None:
+        return heads.count(self.value) if self.split else heads.split_in(self.value)
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,8 @@ def _attend(node: ir.Node, edit: Edit) -> bool:
 
 def _fit(scores: Scores, v: ir.Value | None) -> bool:
     """Whether the kernel would pair the heads as the products do."""
-    q, k, values = query.dims(scores.q), scores.k.heads(), query.dims(v)
-    if q is None or values is None or (len(q), len(values)) != (4, 4) or q[3] is None:
-        return False
-    return q[1] is not None and k in (q[1], 1) and values[1] == k
+    q, k, values = heads.count(scores.q), scores.k.count(), heads.count(v)
+    return q is not None and k in (q, 1) and values == k
 
 
 def _mask(scores: Scores, guarded: bool, node: ir.Node, edit: Edit) -> ir.Value | None:
@@ -144,7 +142,9 @@ def _keys(value: ir.Value) -> Keys | None:
     if turned is None or flat is None or flat.inputs[0] is None or permutation(turned) != (0, 2, 1):
         return None
     before, after = query.dims(flat.inputs[0]), query.dims(value)
-    if before is None or after is None or len(before) != 4 or before[3] != after[2] or before[1] != after[1]:
+    if before is None or after is None or len(before) != 4 or before[3] != after[2]:
+        return None
+    if before[1] is not None and after[1] is not None and before[1] != after[1]:
         return None
     return Keys(flat.inputs[0])
 

@@ -47,6 +47,27 @@ def origin(value: ir.Value) -> tuple[ir.Value, int]:
             return (joined, 1) if joined is not None and rank(joined) == 3 else (value, 1)
 
 
+def count(value: ir.Value | None) -> int | None:
+    """How many heads [B, heads, S, D] holds: from its shape, or from the rows it was split off."""
+    shape, node = query.dims(value), producer(value, "Transpose", "RotaryEmbedding")
+    if shape is None or len(shape) != 4:
+        return None
+    if shape[1] is not None or node is None:
+        return shape[1]
+    if node.op_type == "RotaryEmbedding":
+        return count(node.inputs[0])
+    return split_in(node.inputs[0]) if permutation(node) == SPLIT else None
+
+
+def split_in(source: ir.Value | None) -> int | None:
+    """How many heads [B, S, heads, D] holds."""
+    shape, split = query.dims(source), producer(source, "Reshape")
+    if shape is None or len(shape) != 4:
+        return None
+    width = (query.dims(split.inputs[0]) or (None,))[-1] if split is not None and rank(split.inputs[0]) == 3 else None
+    return width // shape[3] if shape[2] is None and width is not None and shape[3] else shape[2]
+
+
 def rows(value: ir.Value | None, near: ir.Node, edit: Edit) -> tuple[ir.Value, list[ir.Node]] | None:
     """Heads [B, heads, S, D] that a Transpose made of [B, S, heads, D], as rows [B, S, heads D]: those they were split
     off, or a new Reshape, not yet in the graph."""
@@ -54,9 +75,10 @@ def rows(value: ir.Value | None, near: ir.Node, edit: Edit) -> tuple[ir.Value, l
     source, shape = (turned.inputs[0], query.dims(turned.inputs[0])) if turned is not None else (None, None)
     if turned is None or source is None or near.graph is None or permutation(turned) != SPLIT:
         return None
-    if shape is None or len(shape) != 4 or shape[2] is None or shape[3] is None:
+    heads = split_in(source)
+    if shape is None or heads is None or shape[3] is None:
         return None
-    width = shape[2] * shape[3]
+    width = heads * shape[3]
     split = producer(source, "Reshape")
     joined = split.inputs[0] if split is not None else None
     if joined is not None and rank(joined) == 3 and (query.dims(joined) or ())[-1] == width:
@@ -167,7 +189,7 @@ def _is_cache(join: ir.Node | None, node: ir.Node) -> bool:
 def _join(node: ir.Node, edit: Edit) -> bool:
     """Attention of heads that were just split off rows, and are joined again behind it -> Attention of the rows."""
     graph, final = node.graph, _joined(node.outputs[0])
-    heads = [(query.dims(value) or (None, None))[1] for value in node.inputs[:2]]
+    heads = [count(value) for value in node.inputs[:2]]
     size = (query.dims(node.inputs[2]) or (None,))[-1]
     if final is None or graph is None or heads[0] is None or heads[1] is None or size is None:
         return False

@@ -189,9 +189,10 @@ def _rotate_rows(node: ir.Node, edit: Edit) -> bool:
     if made is None:
         return False
     source, new = made
-    attributes = heads.attributes(node) | {"num_heads": shape[1]}
+    count = heads.count(node.inputs[0])
+    attributes = heads.attributes(node) | {"num_heads": count}
     rotated = edit.node(node, "RotaryEmbedding", [source, *node.inputs[1:]], attributes, like=source)
-    target = edit.constant(node.graph, f"{source.name}_heads", np.array([0, 0, shape[1], shape[3]]))
+    target = edit.constant(node.graph, f"{source.name}_heads", np.array([0, 0, count, shape[3]]))
     again = edit.node(node, "Reshape", [rotated.outputs[0], target], like=turned.inputs[0])
     split = edit.node(node, "Transpose", [again.outputs[0]], {"perm": heads.SPLIT}, like=node.outputs[0])
     edit.swap(node, [*new, rotated, again, split])
