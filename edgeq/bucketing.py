@@ -56,7 +56,7 @@ def bucketed(
         return None, calibration, evaluation
     with recorder.step("buckets"):
         how = buckets_of(model, texts, pads, (calibration, evaluation))
-    pad = ", ".join(f"{name!r} with {value:g}" for name, value in how["pad"].items() if how["open"][name])
+    pad = ", ".join(f"{name!r} with {value:g}" for name, value in how["pad"].items() if any(how["open"][name]))
     rules = "; ".join(map(_told_cut, how["cuts"])) or "no output follows a size"
     recorder.info("padding", f"inputs are padded at the end of their axes, {pad}; {rules}")
     if not target.static:
@@ -81,12 +81,12 @@ def buckets_of(model: ir.Model, texts: Sequence[str], pads: Sequence[str], sampl
     for one, other in pairwise(shapes):
         if one == other:
             raise UsageError(f"two buckets are the same: {_told(one)}", hint="give each once")
-    how: dict[str, Any] = {
+    how = {
         "shapes": [{name: list(shape) for name, shape in one.items()} for one in shapes],
+        "open": {spec.name: [dim if isinstance(dim, str) else None for dim in spec.shape] for spec in specs},
         "pad": _pads(specs, pads),
     }
-    how["open"] = {spec.name: [axis for axis, dim in enumerate(spec.shape) if isinstance(dim, str)] for spec in specs}
-    return {**how, "cuts": _cuts(model, specs, sorted(chosen, key=lambda s: _elements(_shapes(specs, s))), fed)}
+    return {**how, "cuts": _cuts(model, specs, chosen, fed)}
 
 
 def suggested(model: ir.Model, samples: Samples) -> list[str]:
@@ -178,7 +178,7 @@ def _cuts(
     model: ir.Model, specs: Sequence[TensorSpec], chosen: Sequence[Sizes], fed: Sequence[Sizes]
 ) -> list[dict[str, Any]]:
     """Rows of ``cuts``, from runs of the float model on zeros."""
-    session, largest = open_session(model), chosen[-1]
+    session, largest = open_session(model), {dim: max(one[dim] for one in chosen) for dim in chosen[0]}
 
     def run(sizes: Sizes) -> OutputShapes | None:
         shapes = _shapes(specs, sizes)
@@ -247,7 +247,7 @@ def namer(how: Buckets | None) -> Callable[[Feed], str] | None:
 
 def _named(how: Buckets, index: int) -> str:
     """A bucket by the shape of its first input that changes."""
-    name = next(name for name, axes in how["open"].items() if axes)
+    name = next(name for name, dims in how["open"].items() if any(dims))
     return f"{name}={','.join(map(str, how['shapes'][index][name]))}"
 
 
@@ -269,9 +269,13 @@ def one_each(samples: Samples, how: Buckets) -> Samples:
     return subset(samples, [first[bucket] for bucket in sorted(first)])
 
 
-def at_largest(samples: Samples, how: Buckets | None) -> list[Feed]:
-    """What is timed: samples as they are or, with buckets, as the largest has them."""
-    return [padded(how, feed, -1) if how else feed for feed in samples]
+def at_largest(feed: Feed, how: Buckets | None) -> Feed:
+    """A sample at the shapes of the largest bucket, for what asks for shapes and times: padded, and cut where another
+    bucket is longer. As it is without buckets."""
+    if not how:
+        return feed
+    shapes = how["shapes"][-1]
+    return padded(how, {name: array[tuple(map(slice, shapes[name]))] for name, array in feed.items()}, -1)
 
 
 def opener(how: Buckets | None) -> Opener:

@@ -12,12 +12,13 @@ from edgeq.analyse.observe import observe
 from edgeq.analyse.statistics import Statistics, alike
 from edgeq.analyse.stats import Stats, merge
 from edgeq.analyse.store import Store
+from edgeq.bucketing import at_largest
 from edgeq.lower.emit import emit
 from edgeq.lower.fuse import fuse
 from edgeq.lower.pin import pinned
 from edgeq.report.recorder import Recorder
 from edgeq.rewrite.checked import Change
-from edgeq.run.buckets import Buckets, bucket_files, padded
+from edgeq.run.buckets import Buckets, bucket_files
 from edgeq.run.record import Feed, Samples
 from edgeq.target.oracle import Oracle
 from edgeq.target.record import Target
@@ -43,8 +44,7 @@ class Context:
 
     def example(self) -> Feed:
         """The first calibration sample, as the largest bucket has it."""
-        feed = self.calibration.read(0)
-        return padded(self.buckets, feed, -1) if self.buckets else feed
+        return at_largest(self.calibration.read(0), self.buckets)
 
     def at_largest(self, model: ir.Model) -> ir.Model:
         """The model as its largest bucket runs it."""

@@ -168,7 +168,8 @@ def validate(
             validation = measure(
                 model, variant.model, samples, metric=metric, limits=wanted.limits(), threads=counts,
                 provider=provider, seed=seed, device=device, opener=opener(variant.buckets),
-                kind=namer(variant.buckets), feeds=at_largest(take(samples, TIMED_SAMPLES), variant.buckets),
+                kind=namer(variant.buckets),
+                feeds=[at_largest(feed, variant.buckets) for feed in take(samples, TIMED_SAMPLES)],
             )  # fmt: skip
         apart: tuple[Divergence, ...] = ()
         if device and (divergence or not all(check.passed for check in on_device)):

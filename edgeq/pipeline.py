@@ -151,7 +151,7 @@ def export(
         seen = floats[-1].checks or judge(floats[0].path, chosen_target.simulation)
         timed = not elsewhere(chosen_target)
         refuse_unmeasured(wanted.limits(), seen, timed=timed)  # before the long work, not after
-        feeds = at_largest(take(held_out, TIMED_SAMPLES), shapes)
+        feeds = [at_largest(feed, shapes) for feed in take(held_out, TIMED_SAMPLES)]
         settled = settle(floats, prepared.quantizer, judge, feeds, context, folder)
         validation = _validate(settled, floats, judge, feeds, len(held_out), wanted, context)
         golden = _golden(settled.chosen, reference, held_out, context)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import edgeq
 from edgeq.ahead import compile_for
 from edgeq.analyse.follow import rules
-from edgeq.bucketing import buckets_of, fitted, opener, suggested
+from edgeq.bucketing import at_largest, buckets_of, fitted, opener, suggested
 from edgeq.errors import EdgeqError, ModelError, PackageError, SampleError, UsageError
 from edgeq.ir import io
 from edgeq.lower.pin import pinned
@@ -115,12 +115,12 @@ def test_one_quantization_in_files_that_share_weights(exported: tuple[Report, Pa
 
 def test_manifest_says_what_a_loader_must_know(exported: tuple[Report, Path]) -> None:
     manifest = json.loads((exported[1] / "manifest.json").read_text())
-    assert [manifest[kind][0]["shape"] for kind in ("inputs", "outputs")] == [[1, 1, 8, None], [1, None, CLASSES]]
+    assert [manifest[kind][0]["shape"] for kind in ("inputs", "outputs")] == [[1, 1, 8, "W"], [1, None, CLASSES]]
     (row,) = manifest["variants"]
     assert row["model"] == "model.onnx"
     assert row["buckets"] == {
         "models": ["model.bucket0.onnx", "model.onnx"], "shapes": [{"x": [1, 1, 8, 32]}, {"x": [1, 1, 8, 64]}],
-        "pad": {"x": 0.0}, "open": {"x": [3]},
+        "pad": {"x": 0.0}, "open": {"x": [None, None, None, "W"]},
         "cuts": [{"output": "y", "axis": 1, "times": 1, "plus": 3, "per": 4, "offset": 0, "input": "x", "of": 3}],
     }  # fmt: skip
     assert {len(run["inputs"]["x"]["shape"]) for run in row["golden"]["runs"]} == {4}
@@ -192,6 +192,20 @@ def test_sizes_shared_by_inputs_change_together() -> None:
         found = dict(zip(("pooled", "y"), bucketed.run(["pooled", "y"], feed), strict=True))
         for name, array in expected.items():
             np.testing.assert_array_equal(found[name], array)
+    with pytest.raises(ValueError, match="inputs 'x' and 'm' differ in dimension 'S': 3 and 5"):
+        bucketed.run(None, {"x": feeds[0]["x"], "m": feeds[1]["m"]})
+
+
+def test_no_bucket_needs_to_hold_all_others() -> None:
+    model = graph("(float[1,H,W] x) => (float[1,P,Q] y) { y = MaxPool<kernel_shape=[2], strides=[2]>(x) }")
+    feeds = [{"x": np.ones((1, height, width), np.float32)} for height, width in ((30, 9), (5, 40))]
+    how = buckets_of(model, ["H=32 W=10", "H=8 W=41"], [], [samples_of(feeds)])
+    assert [shapes["x"] for shapes in how["shapes"]] == [[1, 32, 10], [1, 8, 41]]
+    bucketed = Bucketed(how, [open_session(pinned(model, shapes)) for shapes in how["shapes"]])
+    assert [bucketed.run(None, feed)[0].shape for feed in feeds] == [(1, 30, 4), (1, 5, 20)]
+    assert [at_largest(feed, how)["x"].shape for feed in feeds] == [(1, 8, 41)] * 2
+    with pytest.raises(ValueError, match=r"input 'x' is \[1, 30, 40\], and no bucket holds that"):
+        bucketed.run(None, {"x": np.ones((1, 30, 40), np.float32)})
 
 
 @given(

@@ -247,7 +247,7 @@ def test_bucket_that_leaves_more_to_the_cpu_is_named() -> None:
         for shape, op in zip(shapes, ("Erf", "Sigmoid"), strict=True)
     ]
     session = Bucketed(
-        {"shapes": [{"x": shape} for shape in shapes], "pad": {"x": 0.0}, "open": {"x": [0]}, "cuts": []},
+        {"shapes": [{"x": shape} for shape in shapes], "pad": {"x": 0.0}, "open": {"x": ["n", None]}, "cuts": []},
         [open_session(model, provider=target.execution) for model in models],
     )
     placement_told(session, session.how, recorder)

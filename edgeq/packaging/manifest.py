@@ -8,7 +8,7 @@ there is one, is a signature of the manifest and so of all.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,12 +107,13 @@ def _buckets(variant: Variant, model: str) -> dict[str, Any]:
     return {"models": [file.name for file in variant.beside(Path(model))], **variant.buckets}
 
 
-def _open_axes(variant: Variant) -> set[tuple[str, int]]:
-    """Axes of inputs and outputs that have any size up to the largest bucket's."""
+def _open_axes(variant: Variant) -> dict[tuple[str, int], str | None]:
+    """Axes of inputs and outputs that have any size up to the largest bucket's, and the dimension's name."""
     if not variant.buckets:
-        return set()
-    inputs = {(name, axis) for name, axes in variant.buckets["open"].items() for axis in axes}
-    return inputs | {(row["output"], row["axis"]) for row in variant.buckets["cuts"]}
+        return {}
+    named = variant.buckets["open"].items()
+    inputs = {(name, axis): dim for name, dims in named for axis, dim in enumerate(dims) if dim}
+    return {**inputs, **{(row["output"], row["axis"]): None for row in variant.buckets["cuts"]}}
 
 
 def canary(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
@@ -147,10 +148,10 @@ def _needed_isa(report: Report) -> list[str]:
     return [entry for entry in entries if not (certified and VNNI_FLAGS.issuperset(entry.split("|")))]
 
 
-def _signature(value: ir.Value, opened: Set[tuple[str, int]]) -> dict[str, Any]:
-    """Name, ONNX element type and shape; a dynamic dimension is its name, or null without one; ``opened`` are null."""
+def _signature(value: ir.Value, opened: Mapping[tuple[str, int], str | None]) -> dict[str, Any]:
+    """Name, ONNX element type and shape; a dynamic dimension, such as those in ``opened``, is its name, or null."""
     dims = [dim if isinstance(dim, int) else dim.value for dim in value.shape or ()]
-    dims = [None if (value.name, axis) in opened else dim for axis, dim in enumerate(dims)]
+    dims = [opened.get((str(value.name), axis), dim) for axis, dim in enumerate(dims)]
     return {"name": value.name, "dtype": value.dtype.name if value.dtype else "UNDEFINED", "shape": dims}
 
 

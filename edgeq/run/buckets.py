@@ -1,8 +1,8 @@
 """Inputs of any size for files of fixed shapes: the smallest that holds them, padded, results cut (L4, stands alone).
 
-What is known of buckets is plain data, as a manifest holds it: ``shapes`` by input, smallest first; ``pad``, the value
-by input that fills what is too short, at the end of an axis; ``cuts``, the axes of outputs that follow an input's.
-``load.py`` holds this file too.
+What is known of buckets is plain data, as a manifest holds it, by input: ``shapes``, smallest bucket first; ``open``,
+the names of dimensions that change, by axis; ``pad``, what fills the end of an axis that is too short. ``cuts`` are the
+axes of outputs that follow an input's. ``load.py`` holds this file too.
 """
 
 from pathlib import Path
@@ -39,7 +39,14 @@ class Bucketed:
 
 
 def fitting(how: Buckets, feed: dict[str, Any]) -> int:
-    """The first bucket that no input is larger than. ValueError when there is none."""
+    """The first bucket that no input is larger than. ValueError when there is none, and for inputs that don't agree on
+    a dimension: padded they would run, and compute something else."""
+    sizes: dict[str, tuple[int, str]] = {}
+    for name in (name for name in feed if name in how["open"]):
+        for dim, size in zip(how["open"][name], np.shape(feed[name]), strict=False):
+            known, other = sizes.setdefault(dim, (size, name)) if dim else (size, name)
+            if known != size:
+                raise ValueError(f"inputs {other!r} and {name!r} differ in dimension {dim!r}: {known} and {size}")
     for index, shapes in enumerate(how["shapes"]):
         if all(_holds(shapes[name], np.shape(array)) for name, array in feed.items() if name in shapes):
             return index
