@@ -31,7 +31,7 @@ from edgeq.ir import query, verify
 from edgeq.ir.ops import OPS
 from edgeq.ir.pixels import codes_of
 from edgeq.lower.fuse import fuse
-from edgeq.lower.tables import tabulate
+from edgeq.lower.kernels import in_own_kernels
 from edgeq.num.formats import Float
 from edgeq.num.quant import Coded
 from edgeq.report.record import AtomNoise, Coverage
@@ -280,7 +280,7 @@ class Quantizer:
         with self.context.recorder.step("profile"):
             lowered, _ = fuse(integer_model, self.context.target)
             if self.context.target.kernels and isinstance(kernels.here(), Path):
-                lowered, _ = tabulate(verify.infer_shapes(lowered))
+                lowered, _ = in_own_kernels(lowered, self.context.target)
             self.costs = measure(self.model, lowered, plan, feeds, self.shapes, self.context.target)
         self.profiled = True
 

@@ -10,9 +10,10 @@ import onnx_ir as ir
 import pytest
 
 from edgeq.ir import io
-from edgeq.lower.tables import tabulate
+from edgeq.lower.kernels import in_own_kernels
 from edgeq.packaging import Golden, Package
 from edgeq.target import kernels
+from edgeq.target.load import load_target
 from tests.graphs import graph, number
 from tests.packaged import REPORT
 
@@ -32,8 +33,9 @@ def telling(shape: str = "n") -> ir.Model:
     """u8 codes ``c`` -> ``o``: by the function a HardSwish, by the kernel 255 - c, as its table was exchanged."""
     text = f"""(uint8[{shape}] c) => (uint8[{shape}] o) {{
         d = DequantizeLinear(c, s, z) h = HardSwish(d) o = QuantizeLinear(h, t, y) }}"""
-    model, count = tabulate(graph(text, {"s": SCALE, "z": np.array(128, np.uint8), **OUT}))
-    assert count == 1
+    weights = {"s": SCALE, "z": np.array(128, np.uint8), **OUT}
+    model, counts = in_own_kernels(graph(text, weights), load_target("cpu-x64-vnni"))
+    assert counts == {"Table": 1}
     for name, value in model.graph.initializers.items():
         if name.endswith("_table"):
             value.const_value = ir.tensor(np.arange(255, -1, -1, dtype=np.uint8), name=name)

@@ -207,13 +207,13 @@ def test_nothing_to_quantize_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "nothing could be quantized" in context.recorder.notices[-1].message
 
 
-def test_functions_of_codes_are_raced_as_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_with_and_without_own_kernels_are_raced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     needs_library()
     text = f"""(float[1,128,20,20] x) => (float[1,128,20,20] y) {{
         a = {POINT}(x, w1, b) s = Sigmoid(a) h = Mul(a, s) y = {POINT}(h, w2, b) }}"""
     found, context, seen = settled(tmp_path, monkeypatch, lambda convs: True, text)
     rows = {str(row["name"]): row for row in found.trials}
-    tabled = {name: row for name, row in rows.items() if name.endswith(", 1 tables")}
+    tabled = {name: row for name, row in rows.items() if name.endswith(", own kernels")}
     assert tabled and all(row["latency_ratio"] for row in tabled.values())
     assert len(seen) == len(rows) - 1, "each is judged, but for the float file"
     assert kernels.uses(found.chosen.path) == (found.chosen.name in tabled)
@@ -222,5 +222,5 @@ def test_functions_of_codes_are_raced_as_tables(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(kernels, "here", lambda: "no compiler")
     (tmp_path / "alone").mkdir()
     found, context, _ = settled(tmp_path / "alone", monkeypatch, lambda convs: True, text)
-    assert not any("tables" in str(row["name"]) for row in found.trials)
+    assert not any("own kernels" in str(row["name"]) for row in found.trials)
     assert "no-kernels" in codes_of(context)

@@ -11,16 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgeq.errors import RuntimeUnavailableError
-from edgeq.ir import io, verify
-from edgeq.lower.tables import COUNT, tabulate
+from edgeq.ir import io
+from edgeq.lower.kernels import in_own_kernels
+from edgeq.lower.tables import COUNT
 from edgeq.run.session import open_session, run_session
 from edgeq.run.timing import TimedConfig, compare
 from edgeq.source import read_model
 from edgeq.target import kernels
+from edgeq.target.load import load_target
 from tests.emulated import needs_qemu, outputs
 from tests.graphs import Arrays, graph, normal, number, ops
 from tests.tabled import needs_library, ran, telling
 
+TARGET = load_target("cpu-x64-vnni")
 BETWEEN = """({type}[2,8,4,4] c) => ({type}[2,8,4,4] o) {{
     d = DequantizeLinear(c, s, z) {body} o = QuantizeLinear(h, t, y) }}"""
 SILU = "g = Sigmoid(d) p = QuantizeLinear(g, u, v) q = DequantizeLinear(p, u, v) h = Mul(d, q)"
@@ -38,7 +41,7 @@ def between(body: str, dtype: str = "uint8", **weights: np.ndarray) -> Any:
         "u": number(1 / 255), "v": np.array(np.iinfo(dtype).min, dtype),
         "one": number(1), "zero": number(0), "six": number(6),
     }  # fmt: skip
-    return verify.infer_shapes(graph(BETWEEN.format(type=dtype, body=body), {**held, **weights}))
+    return graph(BETWEEN.format(type=dtype, body=body), {**held, **weights})
 
 
 def every(dtype: str) -> Arrays:
@@ -52,8 +55,8 @@ def test_a_table_has_the_bits_of_its_nodes(
 ) -> None:
     needs_library()
     model = between(body, dtype)
-    result, count = tabulate(model)
-    assert count == 1 and "Table" in ops(result)
+    result, counts = in_own_kernels(model, TARGET)
+    assert counts == {"Table": 1}
     io.write(result, tmp_path / "net.onnx")
     written = run_session(open_session(model, level="none"), every(dtype))["o"]
     session = open_session(tmp_path / "net.onnx", optimized_path=tmp_path / "seen.onnx")
@@ -78,8 +81,8 @@ LEFT = [
 def test_what_reads_more_than_one_code_is_none(body: str) -> None:
     text = BETWEEN.format(type="uint8", body=body).replace("c) =>", "c, uint8[2,8,4,4] c2, float[1] r) =>")
     weights = {"s": number(0.05), "z": np.array(1, np.uint8), "t": number(0.03), "y": np.array(2, np.uint8), **OTHER}
-    model = verify.infer_shapes(graph(text, {**weights, "axis": np.array(1)}))
-    assert tabulate(model) == (model, 0)
+    model = graph(text, {**weights, "axis": np.array(1)})
+    assert in_own_kernels(model, TARGET) == (model, {})
 
 
 def test_a_scale_a_channel_is_none() -> None:
@@ -89,7 +92,7 @@ def test_a_scale_a_channel_is_none() -> None:
         {"s": np.array([0.1, 0.2], np.float32), "z": np.zeros(2, np.uint8), "t": number(0.1),
          "y": np.array(0, np.uint8)},
     )  # fmt: skip
-    assert tabulate(verify.infer_shapes(model))[1] == 0
+    assert in_own_kernels(model, TARGET) == (model, {})
 
 
 def test_each_reader_that_wants_codes_gets_its_table_and_floats_stay_floats() -> None:
@@ -97,9 +100,9 @@ def test_each_reader_that_wants_codes_gets_its_table_and_floats_stay_floats() ->
     text = """(uint8[1,64] c) => (uint8[1,64] o, uint8[1,64] p, float[1,64] f) {
         d = DequantizeLinear(c, s, z) h = HardSwish(d)
         o = QuantizeLinear(h, t, z) p = QuantizeLinear(h, s, z) f = Softmax(h) }"""
-    model = verify.infer_shapes(graph(text, {"s": number(0.05), "z": np.array(99, np.uint8), "t": number(0.02)}))
-    result, count = tabulate(model)
-    assert count == 2 and sorted(ops(result)) == ["DequantizeLinear", "HardSwish", "Softmax", "Table", "Table"]
+    model = graph(text, {"s": number(0.05), "z": np.array(99, np.uint8), "t": number(0.02)})
+    result, _ = in_own_kernels(model, TARGET)
+    assert sorted(ops(result)) == ["DequantizeLinear", "HardSwish", "Softmax", "Table", "Table"]
     feed = {"c": np.arange(64, dtype=np.uint8)[None] * 4}
     for name, array in run_session(open_session(model, level="none"), feed).items():
         np.testing.assert_array_equal(run_session(open_session(result), feed)[name], array)
@@ -121,7 +124,7 @@ def test_tables_between_convolutions_leave_no_transposition(function: str, tmp_p
         "m": np.array(0, np.int8),
     }
     model, _ = read_model(graph(text, {**weights, "s": number(0.05), "z": np.array(128, np.uint8)}), opset=21)
-    result, _ = tabulate(model)
+    result, _ = in_own_kernels(model, TARGET)
     feed = {"x": normal(1, 8, 12, 12)}
     found = {}
     for name, one in (("plain", model), ("tabled", result)):

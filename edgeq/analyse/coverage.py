@@ -20,7 +20,7 @@ from edgeq.ir import io, query
 from edgeq.ir.ops import OPS
 from edgeq.report.record import Coverage, Island
 from edgeq.run.session import Level, open_session
-from edgeq.target.kernels import DOMAIN
+from edgeq.target.kernels import DOMAIN, KERNELS
 from edgeq.target.record import Target
 
 INTEGERS = (
@@ -36,7 +36,7 @@ INTEGER_KERNELS = frozenset({
     "QLinearConv", "QLinearMatMul", "QGemm", "QLinearAdd", "QLinearMul", "QLinearConcat", "QLinearSigmoid",
     "QLinearLeakyRelu", "QLinearSoftmax", "QLinearAveragePool", "QLinearGlobalAveragePool", "QLinearWhere",
     "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "MatMulNBits", "MatMulInteger", "ConvInteger",
-    "DynamicQuantizeLSTM", "QAttention", "GatherBlockQuantized", "Table",
+    "DynamicQuantizeLSTM", "QAttention", "GatherBlockQuantized", *KERNELS,
 })  # fmt: skip
 QDQ = ("QuantizeLinear", "DequantizeLinear")
 

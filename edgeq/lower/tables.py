@@ -17,7 +17,6 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeq.ir import edit as edits
 from edgeq.ir import query
 from edgeq.rewrite.match import Edit
 from edgeq.run.session import open_session, run_session
@@ -25,8 +24,8 @@ from edgeq.target.kernels import DOMAIN
 
 CODES = (ir.DataType.UINT8, ir.DataType.INT8)
 COUNT = 256
+IR_VERSION = 10  # of opset 21
 QDQ = ("QuantizeLinear", "DequantizeLinear")
-IR_VERSION = 10  # the first with overloads of functions
 ELEMENTWISE = frozenset({
     "Abs", "Add", "Ceil", "Celu", "Clip", "Div", "Elu", "Erf", "Exp", "Floor", "Gelu", "HardSigmoid", "HardSwish",
     "Identity", "LeakyRelu", "Log", "Max", "Min", "Mish", "Mul", "Neg", "PRelu", "Pow", "Reciprocal", "Relu", "Round",
@@ -35,19 +34,17 @@ ELEMENTWISE = frozenset({
 TO_LAST, FROM_LAST = (0, 2, 3, 1), (0, 3, 1, 2)
 
 
-def tabulate(model: ir.Model) -> tuple[ir.Model, int]:
-    """(A copy whose functions of codes are tables, how many); the model itself where there are none."""
-    if not _needed(_sources(model.graph)):
-        return model, 0
-    result = model.clone()
-    edit, sources = Edit(result), _sources(result.graph)
-    needed = _needed(sources)
-    for index, value in enumerate(needed):
-        _replace(value, sources[value], str(index), edit)
-    edits.drop_dead(result)
-    result.opset_imports[DOMAIN] = 1
-    result.ir_version = max(result.ir_version, IR_VERSION)
-    return result, len(needed)
+def tabulate(model: ir.Model, keep: frozenset[str] = frozenset()) -> list[str]:
+    """Make tables of the functions of codes, in place and without those that end at the nodes in ``keep``; returns the
+    names of the nodes replaced."""
+    edit, sources, matched = Edit(model), _sources(model.graph), []
+    for index, value in enumerate(_needed(sources)):
+        last = value.producer()
+        assert last is not None
+        if last.name not in keep:
+            matched.append(str(last.name))
+            _replace(value, sources[value], str(index), edit)
+    return matched
 
 
 def _sources(graph: ir.Graph) -> dict[ir.Value, ir.Value]:

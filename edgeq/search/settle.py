@@ -21,11 +21,11 @@ from edgeq.analyse.coverage import read_back
 from edgeq.analyse.place import Plan
 from edgeq.analyse.sensitivity import decibel
 from edgeq.context import Context
-from edgeq.ir import io, verify
+from edgeq.ir import io
 from edgeq.ir.ops import OPS
 from edgeq.lower.emit import emit
+from edgeq.lower.kernels import in_own_kernels
 from edgeq.lower.legalize import legalize
-from edgeq.lower.tables import tabulate
 from edgeq.quantizer import Quantizer
 from edgeq.report.record import Check, Coverage
 from edgeq.rewrite.halve import rounded
@@ -275,21 +275,21 @@ def _in_own_kernels(drafts: Sequence[Draft], judge: Judge, context: Context) -> 
         return []
     made = []
     for draft in drafts:
-        with context.recorder.step("tabulate") as facts:
-            tabled = [tabulate(verify.infer_shapes(io.read(file))) for file in context.files(draft.path)]
-            model, count = tabled[-1]
-            facts.update(draft=draft.name, tables=count)
-        if not count or draft.plan is None or draft.quantizer is None or draft.proof is not None:
+        with context.recorder.step("own kernels") as facts:
+            lowered = [in_own_kernels(io.read(file), context.target) for file in context.files(draft.path)]
+            model, counts = lowered[-1]
+            facts.update(draft=draft.name, kernels=counts)
+        if not counts or draft.plan is None or draft.quantizer is None or draft.proof is not None:
             continue
         if isinstance(lacking := kernels.here(), str):
-            context.recorder.info("no-kernels", f"functions of codes stay in the runtime's kernels: {lacking}")
+            context.recorder.info("no-kernels", f"no draft runs in edgeq's own kernels: {lacking}")
             break
-        path = draft.path.with_name(f"{draft.path.stem}-tables.onnx")
-        for (one, _), file in zip(tabled, context.files(path), strict=True):
+        path = draft.path.with_name(f"{draft.path.stem}-own-kernels.onnx")
+        for (one, _), file in zip(lowered, context.files(path), strict=True):
             emit(one, context.target, file)
         seen, _ = read_back(model, draft.plan, draft.quantizer.shapes, context.target)
         made.append(
-            _judged(replace(draft, name=f"{draft.name}, {count} tables", path=path, coverage=seen), judge, context)
+            _judged(replace(draft, name=f"{draft.name}, own kernels", path=path, coverage=seen), judge, context)
         )
     return made
 

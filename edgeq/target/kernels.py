@@ -18,10 +18,10 @@ from edgeq.errors import RuntimeUnavailableError
 from edgeq.target.cxx import compiled, compiler
 
 DOMAIN = "edgeq.kernels"
-KERNELS = ("Table",)  # operators of the domain, which a target's key ``kernels`` may name
+KERNELS = ("Table", "DepthwiseConv")  # operators of the domain, which a target's key ``kernels`` may name
 SOURCES = Path(__file__).parent / "native"
 FLAGS = (
-    "-std=c++17", "-O2", "-shared", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-threadsafe-statics",
+    "-std=c++17", "-O3", "-shared", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-threadsafe-statics",
     "-Wl,--as-needed", "-s",
 )  # fmt: skip
 WHAT = "the library of edgeq's kernels"

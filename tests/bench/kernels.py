@@ -16,8 +16,8 @@ from edgeq import recipe as recipes
 from edgeq import steps
 from edgeq.context import Context
 from edgeq.given import read_with_samples
-from edgeq.ir import io, verify
-from edgeq.lower.tables import tabulate
+from edgeq.ir import io
+from edgeq.lower.kernels import in_own_kernels
 from edgeq.report.recorder import Recorder
 from edgeq.run.timing import TimedConfig, compare, ratio
 from edgeq.target.load import load_target
@@ -44,20 +44,21 @@ def measured(name: str) -> Iterator[str]:
     assert prepared.quantizer is not None
     _, quantized, _ = prepared.quantizer.fused()
     plain = context.lower(quantized)
-    tabled, count = tabulate(verify.infer_shapes(plain))
+    own, counts = in_own_kernels(plain, target)
+    word = " and ".join(f"{count} {name}" for name, count in counts.items()) or "none"
     feeds = [given.read(index) for index in range(SAMPLES)]
     with tempfile.TemporaryDirectory() as folder:
-        files = {"float": context.lower(prepared.model), "integer": plain, f"{count} tables": tabled}
+        files = {"float": context.lower(prepared.model), "integer": plain, word: own}
         configs = []
-        for word, file in files.items():
-            io.write(file, Path(folder) / f"{word}.onnx")
-            configs.append(TimedConfig(word, Path(folder) / f"{word}.onnx", provider=target.execution))
+        for name, file in files.items():
+            io.write(file, Path(folder) / f"{name}.onnx")
+            configs.append(TimedConfig(name, Path(folder) / f"{name}.onnx", provider=target.execution))
         for threads in THREADS:
             found = compare(configs, feeds, threads=threads, max_seconds=SECONDS)
-            to_float, to_plain = (ratio(found[configs[2].name], found[one]) for one in ("float", "integer"))
+            to_float, to_plain = (ratio(found[word], found[one]) for one in ("float", "integer"))
             yield (
                 f"{threads} threads: float {found['float'].median_ms:.3f} ms, integer {found['integer'].median_ms:.3f},"
-                f" with {configs[2].name} {found[configs[2].name].median_ms:.3f}: {to_plain.value:.2f} of integer "
+                f" with {word} {found[word].median_ms:.3f}: {to_plain.value:.2f} of integer "
                 f"({to_plain.low:.2f} to {to_plain.high:.2f}), {to_float.value:.2f} of float"
             )
 

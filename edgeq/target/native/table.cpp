@@ -1,13 +1,7 @@
-// Kernels of edgeq's own for ONNX Runtime's CPU provider, as a library of custom operators.
-//
 // Table: codes and 256 codes -> Y[i] = T[X[i]], where X is read as bytes. A function of 8-bit codes has 256 values;
 // the runtime computes it element by element with a kernel or more. Four vector registers hold the table where the CPU
 // permutes bytes across them (AVX512-VBMI), sixteen pairs of shuffles look it up with AVX2, four lookups with NEON.
-//
-// No header of the runtime is needed: its table of functions only ever grows, and the places used here, as well as the
-// layout of OrtCustomOp, were checked against the header of 1.32.
-#include <cstddef>
-#include <cstdint>
+#include "library.hpp"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -15,6 +9,7 @@
 #include <arm_neon.h>
 #endif
 
+namespace edgeq {
 namespace {
 
 using Lookup = void (*)(const uint8_t* x, uint8_t* y, size_t count, const uint8_t* table);
@@ -81,52 +76,7 @@ Lookup fastest() {
   return look_up;
 }
 
-// ONNX Runtime's C interface.
-using Status = void*;        // OrtStatus*, null for success
-using Api = void* const*;    // OrtApi, as a table
-constexpr uint32_t kVersion = 18;  // of the table: has ParallelFor
-constexpr int kInvalidArgument = 2, kUint8 = 2, kInt8 = 3, kRequired = 0, kDefaultMemory = 0;
-constexpr size_t kCodes = 256, kMaxRank = 16, kBlock = 1 << 17;  // bytes that are worth a thread of their own
-
-enum Slot {
-  kCreateStatus = 0, kCreateDomain = 26, kAddToDomain = 27, kAddDomain = 28, kTensorData = 51, kRank = 61, kShape = 62,
-  kElementCount = 64, kTypeAndShape = 65, kInput = 90, kOutput = 91, kReleaseTypeAndShape = 99, kInputTypeShape = 268,
-  kSetOutputTypeShape = 270, kParallelFor = 274,
-};
-
-template <class Result, class... Arguments>
-Result call(Api api, Slot slot, Arguments... arguments) {
-  return reinterpret_cast<Result (*)(Arguments...)>(api[slot])(arguments...);
-}
-
-struct CustomOp {  // OrtCustomOp
-  uint32_t version = kVersion;
-  void* (*create_kernel)(const CustomOp*, Api, const void*) = nullptr;  // V2 is used instead
-  const char* (*name)(const CustomOp*);
-  const char* (*provider)(const CustomOp*);
-  int (*input_type)(const CustomOp*, size_t);
-  size_t (*input_count)(const CustomOp*);
-  int (*output_type)(const CustomOp*, size_t);
-  size_t (*output_count)(const CustomOp*);
-  void (*compute_kernel)(void*, void*) = nullptr;  // V2 is used instead
-  void (*destroy)(void*);
-  int (*input_characteristic)(const CustomOp*, size_t);
-  int (*output_characteristic)(const CustomOp*, size_t);
-  int (*input_memory)(const CustomOp*, size_t);
-  int (*variadic[4])(const CustomOp*) = {};
-  Status (*create)(const CustomOp*, Api, const void*, void**);
-  Status (*compute)(void*, void*);
-  Status (*infer_shape)(const CustomOp*, void*);
-  int (*first_version)(const CustomOp*);
-  int (*last_version)(const CustomOp*);
-  size_t (*in_place)(int**, int**);
-  void (*release_in_place)(int*, int*);
-  size_t (*alias)(int**, int**) = nullptr;
-  void (*release_alias)(int*, int*) = nullptr;
-  int type;  // ours, behind what the runtime reads
-};
-
-Api the_api = nullptr;
+constexpr size_t kCodes = 256, kBlock = 1 << 17;  // bytes that are worth a thread of their own
 const Lookup the_lookup = fastest();
 
 struct Work {
@@ -143,47 +93,24 @@ void block(void* given, size_t index) {
   the_lookup(work.x + start, work.y + start, count, work.table);
 }
 
-// A tensor's bytes, its count of elements and, where asked for, its shape.
-Status look(const void* value, const uint8_t** data, size_t* count, int64_t* shape = nullptr, size_t* rank = nullptr) {
-  void* info = nullptr;
-  Status wrong = call<Status>(the_api, kTypeAndShape, value, &info);
-  if (!wrong) wrong = call<Status>(the_api, kElementCount, static_cast<const void*>(info), count);
-  if (!wrong && rank) wrong = call<Status>(the_api, kRank, static_cast<const void*>(info), rank);
-  if (!wrong && rank && *rank > kMaxRank)
-    wrong = call<Status>(the_api, kCreateStatus, kInvalidArgument, "edgeq.kernels.Table: X has more than 16 axes");
-  if (!wrong && rank) wrong = call<Status>(the_api, kShape, static_cast<const void*>(info), shape, *rank);
-  if (info) call<void>(the_api, kReleaseTypeAndShape, info);
-  return wrong ? wrong : call<Status>(the_api, kTensorData, value, data);
-}
-
 Status compute(void*, void* context) {
-  const void *x = nullptr, *table = nullptr;
+  View x, table;
   void* y = nullptr;
-  int64_t shape[kMaxRank];
-  size_t rank = 0, codes = 0;
-  Work work{};
-  Status wrong = call<Status>(the_api, kInput, static_cast<const void*>(context), size_t(0), &x);
-  if (!wrong) wrong = call<Status>(the_api, kInput, static_cast<const void*>(context), size_t(1), &table);
-  if (!wrong) wrong = look(x, &work.x, &work.count, shape, &rank);
-  if (!wrong) wrong = look(table, &work.table, &codes);
-  if (!wrong && codes != kCodes)
-    wrong = call<Status>(the_api, kCreateStatus, kInvalidArgument, "edgeq.kernels.Table: T must hold 256 codes");
-  if (!wrong) wrong = call<Status>(the_api, kOutput, context, size_t(0), static_cast<const int64_t*>(shape), rank, &y);
-  if (!wrong) wrong = call<Status>(the_api, kTensorData, y, &work.y);
+  Status wrong = input(context, 0, x);
+  if (!wrong) wrong = input(context, 1, table);
+  if (!wrong && table.count != kCodes) wrong = wrong_argument("edgeq.kernels.Table: T must hold 256 codes");
+  if (!wrong) wrong = output(context, x.shape, x.rank, &y);
   if (wrong) return wrong;
-  if (work.count < 2 * kBlock) {
-    the_lookup(work.x, work.y, work.count, work.table);
-    return nullptr;
-  }
-  const size_t blocks = (work.count + kBlock - 1) / kBlock;
-  return call<Status>(the_api, kParallelFor, static_cast<const void*>(context), &block, blocks, size_t(0),
-                      static_cast<void*>(&work));
+  Work work{x.as<uint8_t>(), static_cast<uint8_t*>(y), table.as<uint8_t>(), x.count};
+  if (x.count >= 2 * kBlock) return parallel(context, block, (x.count + kBlock - 1) / kBlock, &work);
+  the_lookup(work.x, work.y, work.count, work.table);
+  return nullptr;
 }
 
 Status infer_shape(const CustomOp*, void* context) {
   void* info = nullptr;
-  Status wrong = call<Status>(the_api, kInputTypeShape, static_cast<const void*>(context), size_t(0), &info);
-  return wrong ? wrong : call<Status>(the_api, kSetOutputTypeShape, context, size_t(0), static_cast<const void*>(info));
+  Status wrong = call(kInputTypeShape, static_cast<const void*>(context), size_t(0), &info);
+  return wrong ? wrong : call(kSetOutputTypeShape, context, size_t(0), static_cast<const void*>(info));
 }
 
 size_t in_place(int** inputs, int** outputs) {
@@ -192,47 +119,20 @@ size_t in_place(int** inputs, int** outputs) {
   return 1;
 }
 
-CustomOp table_of(int type) {
-  CustomOp op{};
-  op.name = [](const CustomOp*) { return "Table"; };
-  op.provider = [](const CustomOp*) -> const char* { return nullptr; };  // the CPU's
-  op.input_type = op.output_type = [](const CustomOp* self, size_t) { return self->type; };
-  op.input_count = [](const CustomOp*) { return size_t(2); };
-  op.output_count = [](const CustomOp*) { return size_t(1); };
-  op.destroy = [](void*) {};
-  op.input_characteristic = op.output_characteristic = [](const CustomOp*, size_t) { return kRequired; };
-  op.input_memory = [](const CustomOp*, size_t) { return kDefaultMemory; };
-  for (auto& variadic : op.variadic) variadic = [](const CustomOp*) { return 1; };
-  op.create = [](const CustomOp*, Api, const void*, void** kernel) -> Status {
-    static char without_state;
-    *kernel = &without_state;
-    return nullptr;
-  };
+CustomOp made(const int* types) {
+  CustomOp op("Table", types, 2, types[0]);
   op.compute = compute;
   op.infer_shape = infer_shape;
-  op.first_version = [](const CustomOp*) { return 1; };
-  op.last_version = [](const CustomOp*) { return 0x7fffffff; };
   op.in_place = in_place;
   op.release_in_place = [](int*, int*) {};
-  op.type = type;
   return op;
 }
 
-struct Base {  // OrtApiBase
-  Api (*table)(uint32_t version);
-  const char* (*version)();
-};
+constexpr int kTypes[2][2] = {{kUint8, kUint8}, {kInt8, kInt8}};
+const CustomOp the_ops[2] = {made(kTypes[0]), made(kTypes[1])};
 
 }  // namespace
 
-extern "C" __attribute__((visibility("default"))) Status RegisterCustomOps(void* options, const Base* base) {
-  static const CustomOp tables[] = {table_of(kUint8), table_of(kInt8)};
-  static void* domain = nullptr;  // kept as long as the program runs, as sessions read it
-  the_api = base->table(kVersion);
-  if (!domain) {
-    if (Status wrong = call<Status>(the_api, kCreateDomain, "edgeq.kernels", &domain)) return wrong;
-    for (const CustomOp& op : tables)
-      if (Status wrong = call<Status>(the_api, kAddToDomain, domain, &op)) return wrong;
-  }
-  return call<Status>(the_api, kAddDomain, options, domain);
-}
+const CustomOp* table_of(int type) { return &the_ops[type == kInt8]; }
+
+}  // namespace edgeq
