@@ -163,7 +163,7 @@ def test_channels_are_evened_out_before_anything_is_given_up(tmp_path: Path, mon
     found, context, _ = settled(tmp_path, monkeypatch, lambda convs: EVENED in convs, text, weights=weights)
     accurate = [row for row in found.trials if "cosine is" not in str(row["why"]) and row["name"] != "float as given"]
     assert accurate
-    assert all(str(row["name"]).endswith(", channels evened") for row in accurate)
+    assert all(", channels evened" in str(row["name"]) for row in accurate)
     assert not any("kept float" in str(row["name"]) for row in found.trials), "nothing was given up"
     snr = next(facts.facts["snr_db"] for facts in context.recorder.steps if facts.name == "equalize")
     assert snr[1] > snr[0] + 3
