@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from edgeq.ir import edit as edits
 from edgeq.ir import verify
-from edgeq.lower import depthwise, tables
+from edgeq.lower import convolutions, tables
 from edgeq.rewrite.match import Rewrite
 from edgeq.target.kernels import DOMAIN
 from edgeq.target.record import Target
@@ -18,7 +18,8 @@ from edgeq.target.record import Target
 IR_VERSION = 10  # the first with overloads of functions
 OWN: tuple[tuple[str, Rewrite], ...] = (
     ("Table", tables.tabulate),
-    ("DepthwiseConv", depthwise.in_own_kernel),
+    ("DepthwiseConv", convolutions.by_channel),
+    ("StemConv", convolutions.of_few_channels),
 )
 
 

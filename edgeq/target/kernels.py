@@ -18,7 +18,7 @@ from edgeq.errors import RuntimeUnavailableError
 from edgeq.target.cxx import compiled, compiler
 
 DOMAIN = "edgeq.kernels"
-KERNELS = ("Table", "DepthwiseConv")  # operators of the domain, which a target's key ``kernels`` may name
+KERNELS = ("Table", "DepthwiseConv", "StemConv")  # operators of the domain, which a target's key ``kernels`` may name
 SOURCES = Path(__file__).parent / "native"
 FLAGS = (
     "-std=c++17", "-O3", "-shared", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-threadsafe-statics",

@@ -80,7 +80,7 @@ extern "C" __attribute__((visibility("default"))) edgeq::Status RegisterCustomOp
   the_api = base->table(kVersion);
   if (!domain) {
     if (Status wrong = call(kCreateDomain, "edgeq.kernels", &domain)) return wrong;
-    const CustomOp* const ops[] = {table_of(kUint8), table_of(kInt8), depthwise_conv()};
+    const CustomOp* const ops[] = {table_of(kUint8), table_of(kInt8), depthwise_conv(), stem_conv()};
     for (const CustomOp* op : ops)
       if (Status wrong = call(kAddToDomain, domain, op)) return wrong;
   }

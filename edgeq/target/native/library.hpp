@@ -84,5 +84,6 @@ struct CustomOp {
 // The operators, a file each.
 const CustomOp* table_of(int type);
 const CustomOp* depthwise_conv();
+const CustomOp* stem_conv();
 
 }  // namespace edgeq

@@ -1,8 +1,8 @@
-"""Integer depthwise convolutions in edgeq's own kernel (L7).
+"""Integer convolutions in edgeq's own kernels: those with a channel a group, and those of few channels (L7).
 
-``edgeq.kernels.DepthwiseConv`` takes what QLinearConv takes, with the channels of X and Y last, and gives its bits in a
-third to nine tenths of the time (measured: docs/targets.md). Its definition in the file is that QLinearConv between two
-transpositions, which a runtime without the library runs.
+``edgeq.kernels.DepthwiseConv`` and ``StemConv`` take what QLinearConv takes, with the channels of X and Y last, and
+give its bits in a third to nine tenths of the time (measured: docs/targets.md). Their definition in the file is that
+QLinearConv between two transpositions, which a runtime without the library runs.
 """
 
 from __future__ import annotations
@@ -19,14 +19,29 @@ from edgeq.rewrite.activation import clip_bounds
 from edgeq.rewrite.match import Edit, each, producer, reader
 from edgeq.target.kernels import DOMAIN
 
-OP = "DepthwiseConv"
-FEWEST_CHANNELS, MOST_TAPS = 16, 64  # native/depthwise.cpp
+FEWEST_CHANNELS, MOST_TAPS = 16, 64  # native/convolution.hpp
+FEW = 4  # channels of a picture
 TO_LAST, FROM_LAST = (0, 2, 3, 1), (0, 3, 1, 2)
 NEAR = 1e-5  # of a bias's scale: products of f32
 
 
-def _in_own_kernel(node: ir.Node, edit: Edit) -> bool:
+def _by_channel(node: ir.Node, edit: Edit) -> bool:
     """``Q(Conv(DQ(x), DQ(w), DQ(b)))`` of a channel a group -> DepthwiseConv(x, w, b)."""
+    shape = query.dims(node.inputs[1]) or (0, 0)
+    return shape[1] == 1 and query.attribute(node, "group", 1) == shape[0] and _replace("DepthwiseConv", node, edit)
+
+
+def _of_few_channels(node: ir.Node, edit: Edit) -> bool:
+    """The same of at most 4 channels -> StemConv(x, w, b)."""
+    shape = query.dims(node.inputs[1]) or (0, 0)
+    return (shape[1] or FEW + 1) <= FEW and query.attribute(node, "group", 1) == 1 and _replace("StemConv", node, edit)
+
+
+by_channel = each(_by_channel, "Conv")
+of_few_channels = each(_of_few_channels, "Conv")
+
+
+def _replace(op: str, node: ir.Node, edit: Edit) -> bool:
     x, w = (producer(value, "DequantizeLinear") for value in node.inputs[:2])
     q = _quantizes(node)
     if x is None or w is None or q is None or not _fits(node, x, w, q):
@@ -38,23 +53,20 @@ def _in_own_kernel(node: ir.Node, edit: Edit) -> bool:
     biases = edit.constant(node.graph, f"{node.name}_bias", bias)
     attributes = {
         "kernel_shape": kernel[2:], "strides": query.attribute(node, "strides", (1, 1)),
-        "pads": query.attribute(node, "pads", (0, 0, 0, 0)), "group": kernel[0],
+        "pads": query.attribute(node, "pads", (0, 0, 0, 0)), "group": query.attribute(node, "group", 1),
     }  # fmt: skip
     last = edit.node(q, "Transpose", [x.inputs[0]], {"perm": TO_LAST})
     inputs = [last.outputs[0], *x.inputs[1:3], *w.inputs[:3], *q.inputs[1:3], biases]
-    conv = edit.node(q, OP, inputs, attributes, domain=DOMAIN)
+    conv = edit.node(q, op, inputs, attributes, domain=DOMAIN)
     first = edit.node(q, "Transpose", [conv.outputs[0]], {"perm": FROM_LAST}, like=q.outputs[0])
     for made, like in ((last, x.inputs[0]), (conv, q.outputs[0])):
         made.outputs[0].type = q.outputs[0].type
         made.outputs[0].shape = _last(like)
     edit.swap(q, [last, conv, first])
     conv.name = node.name  # whose work this is now
-    if (function := _function(edit.opset)).identifier() not in edit.model.functions:
+    if (function := _function(op, edit.opset)).identifier() not in edit.model.functions:
         edit.model.functions[function.identifier()] = function
     return True
-
-
-in_own_kernel = each(_in_own_kernel, "Conv")
 
 
 def _quantizes(node: ir.Node) -> ir.Node | None:
@@ -72,18 +84,18 @@ def _quantizes(node: ir.Node) -> ir.Node | None:
 
 
 def _fits(node: ir.Node, x: ir.Node, w: ir.Node, q: ir.Node) -> bool:
-    """Whether the kernel takes a convolution: 8-bit codes, a channel a group, two axes, nothing dilated."""
+    """Whether the kernels take a convolution: 8-bit codes, two axes, nothing dilated."""
     weights, shape = w.inputs[0], query.dims(w.inputs[0])
     zeros = query.constant(w.inputs[2]) if len(w.inputs) > 2 else None
     if _per_tensor(x) is None or _per_tensor(q) is None or shape is None or len(shape) != 4 or None in shape:
         return False
-    channels, one, height, width = (int(dim or 0) for dim in shape)
+    channels, _, height, width = (int(dim or 0) for dim in shape)
     scales = query.constant(w.inputs[1])
     return bool(
         (weights is not None and query.is_constant(weights) and weights.dtype == ir.DataType.INT8)
         and (scales is not None and (scales.size == 1 or query.attribute(w, "axis", 1) == 0))
         and (zeros is not None and not zeros.any())
-        and one == 1 and query.attribute(node, "group", 1) == channels >= FEWEST_CHANNELS
+        and channels >= FEWEST_CHANNELS
         and height * width <= MOST_TAPS
         and query.attribute(node, "auto_pad", "NOTSET") == "NOTSET"
         and all(step == 1 for step in query.attribute(node, "dilations", (1, 1)))
@@ -122,8 +134,8 @@ def _last(value: ir.Value | None) -> ir.Shape | None:
     return None if value is None or value.shape is None else ir.Shape([value.shape[axis] for axis in TO_LAST])
 
 
-def _function(opset: int) -> ir.Function:
-    """DepthwiseConv as ONNX has it."""
+def _function(op: str, opset: int) -> ir.Function:
+    """A convolution as ONNX has it."""
     names = ("X", "x_scale", "x_zero_point", "W", "w_scale", "w_zero_point", "y_scale", "y_zero_point", "B")
     inputs = [ir.Value(name=name) for name in names]
     words: Sequence[tuple[str, ir.AttributeType]] = (
@@ -136,5 +148,5 @@ def _function(opset: int) -> ir.Function:
     last = ir.node("Transpose", [conv.outputs[0]], {"perm": TO_LAST})
     for value, name in zip((first.outputs[0], conv.outputs[0], last.outputs[0]), ("x", "y", "Y"), strict=True):
         value.name = name
-    graph = ir.Graph(inputs, [last.outputs[0]], nodes=[first, conv, last], opset_imports={"": opset}, name=OP)
-    return ir.Function(DOMAIN, OP, graph=graph, attributes=[ir.Attr(name, kind, None) for name, kind in words])
+    graph = ir.Graph(inputs, [last.outputs[0]], nodes=[first, conv, last], opset_imports={"": opset}, name=op)
+    return ir.Function(DOMAIN, op, graph=graph, attributes=[ir.Attr(name, kind, None) for name, kind in words])

@@ -1,0 +1,67 @@
+// What convolutions of u8 codes with their channels last share: constants, shapes, tasks. See convolution.cpp.
+#pragma once
+#include "library.hpp"
+
+namespace edgeq {
+
+struct Picture {  // one of a batch, and the rows of its result that a task computes
+  const uint8_t* x;
+  uint8_t* y;
+  int64_t height, width, out_width, first_row, end_row;
+};
+
+struct Convolution;
+
+struct Way {  // to compute one
+  bool (*pack)(Convolution& self, const int8_t* weights);  // [channels, of a group, kernel]; false: no memory
+  bool (*run)(const Convolution& self, const Picture& picture);
+};
+
+struct Convolution {
+  int64_t kernel[2], strides[2], pads[4];  // height and width; top, left, bottom, right
+  size_t inputs = 0, channels = 0;  // channels read and written
+  size_t taps = 0, depth = 0;       // numbers of a window: of one channel, and of all a sum takes
+  float* scales = nullptr;          // [channels]
+  int32_t* biases = nullptr;        // [channels], less what x_zero adds to every sum
+  void* weights = nullptr;          // as `run` wants them
+  uint8_t* padding = nullptr;       // [inputs] of x_zero
+  uint8_t x_zero = 0, y_zero = 0;
+  Way way{};
+};
+
+constexpr size_t kFewestChannels = 16, kMostTaps = 64;
+constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to a whole number, to even
+
+// The code of a sum, as the runtime rounds it.
+inline uint8_t coded(const Convolution& self, int32_t sum, size_t channel) {
+  float code = float(sum) * self.scales[channel];
+  const float low = -float(self.y_zero), high = 255.0f - float(self.y_zero);
+  code = code < low ? low : code > high ? high : code;
+  return uint8_t(int32_t((code + kRound) - kRound) + self.y_zero);
+}
+
+// The bytes under each tap of a window, of channel 0.
+void under(const Convolution& self, const Picture& picture, int64_t row, int64_t column, const uint8_t** found);
+
+// A kernel from a node's constants. `fast` may wrap where a code is beyond 32 bits; `plain` is taken there.
+Status create_convolution(const void* info, Way fast, Way plain, bool depthwise, void** kernel);
+CustomOp convolution_op(const char* called, Status (*create)(const CustomOp*, Api, const void*, void**));
+
+#if defined(__x86_64__)
+#define EDGEQ_AVX2 __attribute__((target("avx2")))
+#define EDGEQ_VNNI __attribute__((target("avx2,avx512f,avx512bw,avx512vl,avx512vnni")))
+
+inline bool has_avx2() { return __builtin_cpu_supports("avx2"); }
+
+inline bool has_vnni() {
+  return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+}
+
+// Vectors of 32 channels lie in quarters of eight, as two levels of packing to 8 bits want them: quarter `part` holds
+// four channels of each half.
+constexpr size_t kWide = 32;
+
+inline size_t channel_of(size_t part, size_t lane) { return lane / 4 * 16 + part * 4 + lane % 4; }
+#endif
+
+}  // namespace edgeq
