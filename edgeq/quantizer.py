@@ -55,6 +55,7 @@ BIAS_HELD, BIAS_SAMPLES = 0.25, 64  # share of the samples that judges and doesn
 BIAS_REDUCTION = 0.95  # noise left there: MobileNetV2's 20.0 to 20.1 dB there were 20.6 to 20.5 on 200 other photos
 ATOMS_A_CUT = 3  # atoms run again for each other's sake, and fewer, narrower cuts to keep values at
 FUSION_ROUNDS = 4
+ONE_KERNEL = ("Attention", "RotaryEmbedding", "RMSNormalization")  # of nodes that are integer products and sums else
 PIXELS = "pixels are codes already, away from their zero point"
 
 
@@ -90,6 +91,17 @@ class Quantizer:
         self.stats: dict[str, Stats] = {}
         self.noises: tuple[AtomNoise, ...] = ()  # of the plan that was last asked about
         self.rounded: dict[encoding.Edge, Coded] | None = None
+
+    def taken_in(self) -> dict[str, str]:
+        """Atoms that one kernel of the target takes in with what is around them, where all of it is left float."""
+        whole = tuple(op for op in self.context.target.fuse if op in ONE_KERNEL)
+        lowered, _ = fuse(self.model, replace(self.context.target, fuse=whole))
+        left = {str(node.name): node.op_type for node in lowered.graph}
+        return {
+            atom.name: "left float, one kernel takes it in with what is around it"
+            for atom in self.atoms
+            if any(left.get(str(node.name)) != node.op_type for node in atom.nodes)
+        }
 
     def over(self, model: ir.Model) -> Quantizer:
         """A quantizer with the same options for another form of the model."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from edgeq.search.settle import Draft, Settled, settle
 from edgeq.source import read_model
 from edgeq.target import kernels
 from edgeq.target.load import load_target
-from tests.graphs import graph, normal, random_feed
+from tests.graphs import graph, normal, number, ops, random_feed
 from tests.placed import VNNI, oracle_of, samples_of
 from tests.tabled import needs_library
 
@@ -41,7 +42,7 @@ Rule = Callable[[set[str]], bool]
 
 def settled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rule: Rule, text: str = NET, snr_db: float = 20.0,
-    weights: dict[str, NDArray[np.float32]] = WEIGHTS, drop: Callable[[list[set[str]]], float] = lambda seen: 0.0,
+    weights: dict[str, NDArray[Any]] = WEIGHTS, drop: Callable[[list[set[str]]], float] = lambda seen: 0.0,
     **options: str,
 ) -> tuple[Settled, Context, list[set[str]]]:  # fmt: skip
     """A model settled under a judge that passes a file by the names of its float Convs and by whether weights are
@@ -205,6 +206,27 @@ def test_nothing_to_quantize_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (found.chosen.name, seen) == ("float as given", [])
     assert codes_of(context) == {"no-gain", "nothing-to-quantize", "float-ships"}
     assert "nothing could be quantized" in context.recorder.notices[-1].message
+
+
+ATTENTION = """(float[1,64,64] x) => (float[1,64,64] y) {
+    q = MatMul(x, wq) k = MatMul(x, wk) v = MatMul(x, wv) qr = Reshape(q, split) kr = Reshape(k, split)
+    vr = Reshape(v, split) qt = Transpose<perm=[0,2,1,3]>(qr) kt = Transpose<perm=[0,2,3,1]>(kr)
+    vt = Transpose<perm=[0,2,1,3]>(vr) s = MatMul(qt, kt) c = Mul(s, scale) p = Softmax<axis=-1>(c) o = MatMul(p, vt)
+    t = Transpose<perm=[0,2,1,3]>(o) j = Reshape(t, joined) y = MatMul(j, wo) }"""
+
+
+def test_attention_is_tried_whole_in_float(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside its products in integers, as no profile of its parts tells what one kernel for all of them costs."""
+    weights: dict[str, NDArray[Any]] = {name: normal(64, 64) * 0.1 for name in ("wq", "wk", "wv", "wo")}
+    weights |= {"split": np.array([0, 0, 4, 16]), "joined": np.array([0, 0, 64]), "scale": number(0.25)}
+    found, _, _ = settled(tmp_path, monkeypatch, lambda convs: True, ATTENTION, weights=weights)
+    shares = {str(row["name"]): row["integer_macs_share"] for row in found.trials}
+    assert shares["int8 everywhere it fuses"] == 1.0 and shares["int8 around fused kernels"] == pytest.approx(2 / 3)
+    files = {
+        name: ops(io.read(tmp_path / f"int8-{name}.onnx")) for name in ("everywhere-it-fuses", "around-fused-kernels")
+    }
+    assert ["Attention" in file for file in files.values()] == [False, True]
+    assert files["around-fused-kernels"].count("MatMul") == 4
 
 
 def test_files_with_and_without_own_kernels_are_raced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

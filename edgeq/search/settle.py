@@ -166,23 +166,35 @@ def _integer_drafts(quantizer: Quantizer, judge: Judge, context: Context, folder
 
 
 def _whole_drafts(quantizer: Quantizer, suffix: str, judge: Judge, context: Context, folder: Path) -> list[Draft]:
-    """Drafts that nothing was repaired in: all that fuses, what gains here and, if both lose, products by weights."""
+    """Drafts that nothing was repaired in: all that fuses, what gains here, with what a float kernel does in one left
+    to it, and, if all lose, products by weights."""
     first = _draft(f"int8 everywhere it fuses{suffix}", quantizer, context, folder)
     if first is None:
         context.recorder.warn("nothing-to-quantize", "no node of this model has an integer kernel worth its Q/DQ")
         return []
-    second = None
+    made: list[Draft | None] = [first]
     if first.plan is not None and context.target.provider == CPU.name and not elsewhere(context.target):
         quantizer.learn_costs(first.plan, first.model)
-        second = _draft(f"int8 where this machine gains{suffix}", quantizer, context, folder)
-    made = [first] if second is None or _same(first, second) else [first, second]
-    drafts = [_judged(draft, judge, context) for draft in made]
+        made.append(_draft(f"int8 where this machine gains{suffix}", quantizer, context, folder))
+        taken = quantizer.taken_in()
+        if any(draft is not None and draft.plan is not None and draft.plan.integer.keys() & taken for draft in made):
+            made.append(_draft(f"int8 around fused kernels{suffix}", quantizer, context, folder, taken))
+    drafts = _judged_once(made, judge, context)
     if _any_accurate(drafts) or context.target.whole:
         return drafts
-    third = _draft(f"int8 where weights are{suffix}", quantizer, context, folder, _without_weights(quantizer))
-    if third is not None and not any(_same(third, draft) for draft in drafts):
-        drafts.append(_judged(third, judge, context))
-    return drafts
+    last = _draft(f"int8 where weights are{suffix}", quantizer, context, folder, _without_weights(quantizer))
+    return [*drafts, *_judged_once([last], judge, context, beside=drafts)]
+
+
+def _judged_once(
+    made: Sequence[Draft | None], judge: Judge, context: Context, beside: Sequence[Draft] = ()
+) -> list[Draft]:
+    """Those that were made, judged, without ones of the same plan as another before or ``beside`` them."""
+    kept: list[Draft] = []
+    for draft in made:
+        if draft is not None and not any(_same(draft, other) for other in (*beside, *kept)):
+            kept.append(_judged(draft, judge, context))
+    return kept
 
 
 def _any_accurate(drafts: Sequence[Draft]) -> bool:
