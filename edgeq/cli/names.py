@@ -158,9 +158,9 @@ def _kernels(target: Target) -> dict[str, str]:
     try:
         answers = table(target)
     except errors.RuntimeUnavailableError as error:
-        return {"kernels": f"can't be asked here: {error.message}; to ask, {error.hint}"}
+        return {"kernels of the runtime": f"can't be asked here: {error.message}; to ask, {error.hint}"}
     runtime = version_of(target.execution) or f"ONNX Runtime {runtime_version()}"
-    asked = {"kernels": f"asked of {runtime} on this machine, with Q/DQ on each edge not called float"}
+    asked = {"kernels of the runtime": f"asked of {runtime} on this machine, with Q/DQ on each edge not called float"}
     return asked | {f"kernel of {row.pattern}": _verdict(row) for row in answers}
 
 

@@ -44,13 +44,13 @@ of_few_channels = each(_of_few_channels, "Conv")
 def _replace(op: str, node: ir.Node, edit: Edit) -> bool:
     x, w = (producer(value, "DequantizeLinear") for value in node.inputs[:2])
     q = _quantizes(node)
-    if x is None or w is None or q is None or not _fits(node, x, w, q):
-        return False
+    if node.graph is not edit.model.graph or x is None or w is None or q is None or not _fits(node, x, w, q):
+        return False  # the kernels want constants, which a body reads from outside
     bias = _bias(node, x, w)
     kernel = query.dims(w.inputs[0])
-    if bias is None or kernel is None or node.graph is None:
+    if bias is None or kernel is None:
         return False
-    biases = edit.constant(node.graph, f"{node.name}_bias", bias)
+    biases = edit.constant(edit.model.graph, f"{node.name}_bias", bias)
     attributes = {
         "kernel_shape": kernel[2:], "strides": query.attribute(node, "strides", (1, 1)),
         "pads": query.attribute(node, "pads", (0, 0, 0, 0)), "group": query.attribute(node, "group", 1),

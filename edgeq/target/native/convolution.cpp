@@ -14,6 +14,36 @@ namespace edgeq {
 namespace {
 
 constexpr size_t kTaskTaps = 1 << 18;  // multiplications that are worth a task
+constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to a whole number, to even
+
+bool pack_plain(Convolution& self, const int8_t* weights) {
+  self.weights = std::malloc(self.channels * self.depth);
+  if (self.weights) std::memcpy(self.weights, weights, self.channels * self.depth);
+  return self.weights != nullptr;
+}
+
+bool run_plain(const Convolution& self, const Picture& picture) {
+  const uint8_t* bytes[kMostTaps];
+  const float low = -float(self.y_zero), high = 255.0f - float(self.y_zero);
+  uint8_t* y = picture.y;
+  for (int64_t row = picture.first_row; row < picture.end_row; row++)
+    for (int64_t column = 0; column < picture.out_width; column++) {
+      under(self, picture, row, column, bytes);
+      const auto* weight = static_cast<const int8_t*>(self.weights);
+      for (size_t channel = 0; channel < self.channels; channel++) {
+        int32_t sum = self.biases[channel];
+        const size_t first = self.depthwise ? channel : 0;
+        for (size_t from = first; from < first + self.depth / self.taps; from++)
+          for (size_t tap = 0; tap < self.taps; tap++) sum += int32_t(bytes[tap][from]) * *weight++;
+        float code = float(sum) * self.scales[channel];
+        code = code < low ? low : code > high ? high : code;
+        *y++ = uint8_t(int32_t((code + kRound) - kRound) + self.y_zero);
+      }
+    }
+  return true;
+}
+
+constexpr Way kPlain = {pack_plain, run_plain};
 
 void destroy(void* kernel) {
   auto* self = static_cast<Convolution*>(kernel);
@@ -24,7 +54,7 @@ void destroy(void* kernel) {
   std::free(self);
 }
 
-Status fill(Convolution& self, const void* info, Way fast, Way plain, bool depthwise) {
+Status fill(Convolution& self, const void* info, Way fast, bool depthwise) {
   View x_scale, x_zero, w, w_scale, w_zero, y_scale, y_zero, bias;
   View* constants[] = {&x_scale, &x_zero, &w, &w_scale, &w_zero, &y_scale, &y_zero, &bias};
   for (size_t index = 0; index < 8; index++)
@@ -36,6 +66,7 @@ Status fill(Convolution& self, const void* info, Way fast, Way plain, bool depth
     if (Status wrong = call(kIntegers, info, row.name, row.place, &count)) return wrong;
     if (count != row.count) return wrong_argument("edgeq.kernels: a convolution's window has two axes");
   }
+  self.depthwise = depthwise;
   self.channels = size_t(w.shape[0]);
   self.inputs = depthwise ? self.channels : size_t(w.shape[1]);
   self.taps = size_t(self.kernel[0] * self.kernel[1]);
@@ -52,7 +83,7 @@ Status fill(Convolution& self, const void* info, Way fast, Way plain, bool depth
   self.padding = static_cast<uint8_t*>(std::malloc(self.inputs));
   if (!self.scales || !self.biases || !self.padding) return wrong_argument("edgeq.kernels: no memory");
   std::memset(self.padding, self.x_zero, self.inputs);
-  self.way = fast;
+  self.way = fast.run ? fast : kPlain;
   for (size_t channel = 0; channel < self.channels; channel++) {
     const float scale = w_scale.as<float>()[w_scale.count == 1 ? 0 : channel];
     self.scales[channel] = *x_scale.as<float>() * scale / *y_scale.as<float>();
@@ -60,7 +91,7 @@ Status fill(Convolution& self, const void* info, Way fast, Way plain, bool depth
     for (size_t tap = 0; tap < self.depth; tap++) sum += w.as<int8_t>()[channel * self.depth + tap];
     self.biases[channel] = bias.as<int32_t>()[channel] - self.x_zero * sum;
     const float most = (float(self.depth) * 255 * 128 + std::fabs(float(self.biases[channel]))) * self.scales[channel];
-    if (!(most < float(1 << 30))) self.way = plain;
+    if (!(most < float(1 << 30))) self.way = kPlain;
   }
   return self.way.pack(self, w.as<int8_t>()) ? nullptr : wrong_argument("edgeq.kernels: no memory");
 }
@@ -124,10 +155,10 @@ void under(const Convolution& self, const Picture& picture, int64_t row, int64_t
     }
 }
 
-Status create_convolution(const void* info, Way fast, Way plain, bool depthwise, void** kernel) {
+Status create_convolution(const void* info, Way fast, bool depthwise, void** kernel) {
   auto* self = static_cast<Convolution*>(std::calloc(1, sizeof(Convolution)));
   if (!self) return wrong_argument("edgeq.kernels: no memory");
-  Status wrong = fill(*self, info, fast, plain, depthwise);
+  Status wrong = fill(*self, info, fast, depthwise);
   if (wrong)
     destroy(self);
   else

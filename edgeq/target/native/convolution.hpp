@@ -26,25 +26,18 @@ struct Convolution {
   void* weights = nullptr;          // as `run` wants them
   uint8_t* padding = nullptr;       // [inputs] of x_zero
   uint8_t x_zero = 0, y_zero = 0;
+  bool depthwise = false;
   Way way{};
 };
 
 constexpr size_t kFewestChannels = 16, kMostTaps = 64;
-constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to a whole number, to even
-
-// The code of a sum, as the runtime rounds it.
-inline uint8_t coded(const Convolution& self, int32_t sum, size_t channel) {
-  float code = float(sum) * self.scales[channel];
-  const float low = -float(self.y_zero), high = 255.0f - float(self.y_zero);
-  code = code < low ? low : code > high ? high : code;
-  return uint8_t(int32_t((code + kRound) - kRound) + self.y_zero);
-}
 
 // The bytes under each tap of a window, of channel 0.
 void under(const Convolution& self, const Picture& picture, int64_t row, int64_t column, const uint8_t** found);
 
-// A kernel from a node's constants. `fast` may wrap where a code is beyond 32 bits; `plain` is taken there.
-Status create_convolution(const void* info, Way fast, Way plain, bool depthwise, void** kernel);
+// A kernel from a node's constants. `fast` may wrap where a code is beyond 32 bits: another way is taken there, and on
+// CPUs that have none.
+Status create_convolution(const void* info, Way fast, bool depthwise, void** kernel);
 CustomOp convolution_op(const char* called, Status (*create)(const CustomOp*, Api, const void*, void**));
 
 #if defined(__x86_64__)

@@ -15,29 +15,6 @@
 namespace edgeq {
 namespace {
 
-bool pack_plain(Convolution& self, const int8_t* weights) {
-  self.weights = std::malloc(self.channels * self.taps);
-  if (self.weights) std::memcpy(self.weights, weights, self.channels * self.taps);
-  return self.weights != nullptr;
-}
-
-bool run_plain(const Convolution& self, const Picture& picture) {
-  const uint8_t* bytes[kMostTaps];
-  const auto* weights = static_cast<const int8_t*>(self.weights);
-  uint8_t* y = picture.y;
-  for (int64_t row = picture.first_row; row < picture.end_row; row++)
-    for (int64_t column = 0; column < picture.out_width; column++) {
-      under(self, picture, row, column, bytes);
-      for (size_t channel = 0; channel < self.channels; channel++) {
-        int32_t sum = self.biases[channel];
-        for (size_t tap = 0; tap < self.taps; tap++)
-          sum += int32_t(bytes[tap][channel]) * weights[channel * self.taps + tap];
-        *y++ = coded(self, sum, channel);
-      }
-    }
-  return true;
-}
-
 #if defined(__x86_64__)
 constexpr size_t kLanes = 16;  // channels a block with AVX2; the last starts earlier where they don't divide
 
@@ -207,11 +184,11 @@ Way fastest() {
   if (has_vnni()) return {pack_vnni, run_vnni};
   if (has_avx2()) return {pack_avx2, run_avx2};
 #endif
-  return {pack_plain, run_plain};
+  return {};
 }
 
 const CustomOp the_op = convolution_op("DepthwiseConv", [](const CustomOp*, Api, const void* info, void** kernel) {
-  return create_convolution(info, fastest(), {pack_plain, run_plain}, true, kernel);
+  return create_convolution(info, fastest(), true, kernel);
 });
 
 }  // namespace

@@ -78,6 +78,7 @@ extern "C" __attribute__((visibility("default"))) edgeq::Status RegisterCustomOp
   using namespace edgeq;
   static void* domain = nullptr;  // kept as long as the program runs, as sessions read it
   the_api = base->table(kVersion);
+  if (!the_api) return nullptr;  // an older runtime, which takes the functions in the model
   if (!domain) {
     if (Status wrong = call(kCreateDomain, "edgeq.kernels", &domain)) return wrong;
     const CustomOp* const ops[] = {table_of(kUint8), table_of(kInt8), depthwise_conv(), stem_conv()};

@@ -14,30 +14,6 @@
 namespace edgeq {
 namespace {
 
-bool pack_plain(Convolution& self, const int8_t* weights) {
-  self.weights = std::malloc(self.channels * self.depth);
-  if (self.weights) std::memcpy(self.weights, weights, self.channels * self.depth);
-  return self.weights != nullptr;
-}
-
-bool run_plain(const Convolution& self, const Picture& picture) {
-  const uint8_t* bytes[kMostTaps];
-  const auto* weights = static_cast<const int8_t*>(self.weights);
-  uint8_t* y = picture.y;
-  for (int64_t row = picture.first_row; row < picture.end_row; row++)
-    for (int64_t column = 0; column < picture.out_width; column++) {
-      under(self, picture, row, column, bytes);
-      for (size_t channel = 0; channel < self.channels; channel++) {
-        int32_t sum = self.biases[channel];
-        const int8_t* weight = weights + channel * self.depth;
-        for (size_t from = 0; from < self.inputs; from++)
-          for (size_t tap = 0; tap < self.taps; tap++) sum += int32_t(bytes[tap][from]) * *weight++;
-        *y++ = coded(self, sum, channel);
-      }
-    }
-  return true;
-}
-
 #if defined(__x86_64__)
 constexpr size_t kSpread = 4;  // bytes that are spread at a time: four u8 or two i16
 
@@ -170,11 +146,11 @@ Way fastest() {
   if (has_vnni()) return {pack<int8_t>, run_vnni};
   if (has_avx2()) return {pack<int16_t>, run_avx2};
 #endif
-  return {pack_plain, run_plain};
+  return {};
 }
 
 const CustomOp the_op = convolution_op("StemConv", [](const CustomOp*, Api, const void* info, void** kernel) {
-  return create_convolution(info, fastest(), {pack_plain, run_plain}, false, kernel);
+  return create_convolution(info, fastest(), false, kernel);
 });
 
 }  // namespace

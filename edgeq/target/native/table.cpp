@@ -68,6 +68,7 @@ void look_up_neon(const uint8_t* x, uint8_t* y, size_t count, const uint8_t* tab
 
 Lookup fastest() {
 #if defined(__x86_64__)
+  __builtin_cpu_init();  // this runs when the library is loaded
   if (__builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bw")) return look_up_vbmi;
   if (__builtin_cpu_supports("avx2")) return look_up_avx2;
 #elif defined(__aarch64__)
