@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -157,6 +158,29 @@ def test_cpus_with_other_vectors_look_up_the_same(cpu: str, tmp_path: Path) -> N
     assert ran(codes, found) == "kernel"
     (((found,),),) = outputs(cpu, {"net": tmp_path / "net.onnx"}, {"net": [{"c": codes}]}).values()
     assert ran(codes, found) == "function"
+
+
+def test_shapes_need_not_be_known(tmp_path: Path) -> None:
+    """Behind a kernel of ours the runtime infers none, and a file may have lost what it said of them."""
+    needs_library()
+    model = telling("n,c,h,w")
+    (node,) = (node for node in model.graph if node.op_type == "Table")
+    (codes,) = model.graph.inputs
+    hidden = ir.node("Reshape", [codes, ir.Value(name="to")])
+    model.graph.inputs.append(hidden.inputs[1] or codes)
+    hidden.inputs[1].type = ir.TensorType(ir.DataType.INT64)
+    hidden.inputs[1].shape = ir.Shape(["rank"])
+    model.graph.insert_before(node, hidden)
+    node.replace_input_with(0, hidden.outputs[0])
+    turned = ir.node("Transpose", [node.outputs[0]], {"perm": [0, 3, 1, 2]})
+    model.graph.append(turned)
+    model.graph.outputs[0] = turned.outputs[0]
+    for value in (*node.outputs, *turned.outputs):
+        value.shape = None
+    turned.outputs[0].name, turned.outputs[0].type = "turned", ir.TensorType(ir.DataType.UINT8)
+    array = np.arange(120, dtype=np.uint8).reshape(2, 3, 4, 5)
+    found = run_session(open_session(model), {"c": array, "to": np.array(array.shape)})["turned"]
+    np.testing.assert_array_equal(found, 255 - array.transpose(0, 3, 1, 2))
 
 
 def test_a_table_of_another_size_is_refused_by_name() -> None:

@@ -110,8 +110,11 @@ Status compute(void*, void* context) {
 
 Status infer_shape(const CustomOp*, void* context) {
   void* info = nullptr;
+  size_t rank = 0;
   Status wrong = call(kInputTypeShape, static_cast<const void*>(context), size_t(0), &info);
-  return wrong ? wrong : call(kSetOutputTypeShape, context, size_t(0), static_cast<const void*>(info));
+  if (!wrong) wrong = call(kRank, static_cast<const void*>(info), &rank);
+  if (wrong || !rank) return wrong;  // a shape that isn't known looks like a scalar's
+  return call(kSetOutputTypeShape, context, size_t(0), static_cast<const void*>(info));
 }
 
 size_t in_place(int** inputs, int** outputs) {
