@@ -25,7 +25,7 @@ test: check-all  ## all that CI runs
 check: lint  ## before each commit: no real models, under 90 s on 2 cores
 	$(BIN)/pytest $(BOTH)
 
-check-all: check qemu devices browser zoo npu  ## the zoo tests run the samples too
+check-all: qemu devices browser check zoo npu  ## compilers first: fast tests want one too; the zoo tests run the samples
 	$(BIN)/pytest -m 'slow and not zoo' --durations 8 $(BOTH) --ignore tests/devices
 	$(BIN)/pytest -m 'slow and not zoo' --durations 8 tests/devices
 
