@@ -2,6 +2,10 @@
 #pragma once
 #include "library.hpp"
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 namespace edgeq {
 
 struct Picture {  // one of a batch, and the rows of its result that a task computes
@@ -55,6 +59,16 @@ inline bool has_vnni() {
 constexpr size_t kWide = 32;
 
 inline size_t channel_of(size_t part, size_t lane) { return lane / 4 * 16 + part * 4 + lane % 4; }
+
+// The codes of 32 sums in quarters, in the order of their channels.
+EDGEQ_AVX2 inline __m256i finished(const __m256i* sums, const __m256* scales, __m256i zero) {
+  __m256i codes[4];
+  for (int part = 0; part < 4; part++)
+    codes[part] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_cvtepi32_ps(sums[part]), scales[part]));
+  const __m256i low = _mm256_adds_epi16(_mm256_packs_epi32(codes[0], codes[1]), zero);
+  const __m256i high = _mm256_adds_epi16(_mm256_packs_epi32(codes[2], codes[3]), zero);
+  return _mm256_packus_epi16(low, high);
+}
 #endif
 
 }  // namespace edgeq

@@ -8,10 +8,6 @@
 
 #include "convolution.hpp"
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 namespace edgeq {
 namespace {
 
@@ -153,11 +149,7 @@ EDGEQ_VNNI void row_vnni(const Convolution& self, const Picture& picture, int64_
       for (size_t tap = 0; tap < across * groups; tap++)
         for (int part = 0; part < 4; part++)
           sums[part] = _mm256_dpbusd_epi32(sums[part], window[4 * tap + part], weights[4 * tap + part]);
-      for (int part = 0; part < 4; part++)
-        sums[part] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_cvtepi32_ps(sums[part]), scales[part]));
-      const __m256i low = _mm256_adds_epi16(_mm256_packs_epi32(sums[0], sums[1]), zero);
-      const __m256i high = _mm256_adds_epi16(_mm256_packs_epi32(sums[2], sums[3]), zero);
-      _mm256_mask_storeu_epi8(to, kept, _mm256_packus_epi16(low, high));
+      _mm256_mask_storeu_epi8(to, kept, finished(sums, scales, zero));
     }
   }
 }

@@ -7,10 +7,6 @@
 
 #include "convolution.hpp"
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 namespace edgeq {
 namespace {
 
@@ -89,17 +85,11 @@ EDGEQ_AVX2 inline __m256i spread(const void* from) {
   return _mm256_set1_epi32(four);
 }
 
-EDGEQ_AVX2 inline void store(const __m256i* sums, const __m256* scales, __m256i zero, uint8_t* to, size_t left) {
-  __m256i codes[4];
-  for (int part = 0; part < 4; part++)
-    codes[part] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_cvtepi32_ps(sums[part]), scales[part]));
-  const __m256i low = _mm256_adds_epi16(_mm256_packs_epi32(codes[0], codes[1]), zero);
-  const __m256i high = _mm256_adds_epi16(_mm256_packs_epi32(codes[2], codes[3]), zero);
-  const __m256i packed = _mm256_packus_epi16(low, high);
+EDGEQ_AVX2 inline void store(__m256i codes, uint8_t* to, size_t left) {
   if (left >= kWide)
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), packed);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), codes);
   else
-    std::memcpy(to, &packed, left);
+    std::memcpy(to, &codes, left);
 }
 
 // The two ways differ in a number's type and in how products are added up.
@@ -126,7 +116,7 @@ EDGEQ_AVX2 inline void store(const __m256i* sums, const __m256* scales, __m256i 
             }                                                                                                         \
           }                                                                                                           \
           const auto* scales = reinterpret_cast<const __m256*>(packed);                                               \
-          store(sums, scales, zero, y + start, self.channels - start);                                                \
+          store(finished(sums, scales, zero), y + start, self.channels - start);                                      \
         }                                                                                                             \
       }                                                                                                               \
     }                                                                                                                 \
