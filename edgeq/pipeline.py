@@ -56,7 +56,8 @@ from edgeq.run.record import Feed, Samples
 from edgeq.run.samples import load_samples, split, take
 from edgeq.run.session import Session, open_session, run_session
 from edgeq.run.timing import TimedConfig
-from edgeq.search.settle import Draft, Settled, settle
+from edgeq.search.draft import Draft
+from edgeq.search.settle import Settled, settle
 from edgeq.source import SourceInfo
 from edgeq.target import kernels
 from edgeq.target.detect import elsewhere

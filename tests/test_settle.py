@@ -20,7 +20,8 @@ from edgeq.report.record import Check
 from edgeq.report.recorder import Recorder
 from edgeq.run.timing import Ratio
 from edgeq.search import settle as settling
-from edgeq.search.settle import Draft, Settled, settle
+from edgeq.search.draft import Draft
+from edgeq.search.settle import Settled, settle
 from edgeq.source import read_model
 from edgeq.target import kernels
 from edgeq.target.load import load_target

@@ -10,29 +10,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
-import onnx_ir as ir
 
-from edgeq.analyse.coverage import read_back
-from edgeq.analyse.place import Plan
 from edgeq.analyse.sensitivity import decibel
 from edgeq.context import Context
 from edgeq.ir import io
 from edgeq.ir.ops import OPS
-from edgeq.lower.emit import emit
-from edgeq.lower.kernels import in_own_kernels
-from edgeq.lower.legalize import legalize
 from edgeq.quantizer import Quantizer
-from edgeq.report.record import Check, Coverage
-from edgeq.rewrite.halve import rounded
 from edgeq.run.record import Feed
 from edgeq.run.timing import Ratio, TimedConfig, compare, ratio
+from edgeq.search.draft import Draft, Judge, drafted, in_own_kernels_too, judged, judged_once
 from edgeq.steps import equalize
-from edgeq.target import kernels
 from edgeq.target.detect import elsewhere
 from edgeq.target.record import CPU
 
@@ -42,43 +33,6 @@ RELIEF_DB = (1, 2, 3, 4, 5, 6, 8, 10, 15)  # predicted noise taken off the outpu
 REFINED = 12  # atoms whose ranges are tried one by one before any is given up
 DECIDE_SECONDS = 8.0  # a draft is chosen or dropped on this; the shipped one is measured again, longer
 DOUBT_SECONDS = 30.0  # for drafts that seem faster at every thread count when none is proven: the machine is busy
-
-
-class Judge(Protocol):
-    """Says how good a file is against the reference, in checks that hold their limits."""
-
-    def __call__(self, artifact: Path, /) -> Sequence[Check]: ...
-
-
-@dataclass(frozen=True)
-class Draft:
-    """A file that could ship, and the model it was lowered from. ``plan`` and ``coverage`` are None for float ones;
-    ``asked``: a float file whose weights are stored as the recipe says, which ships before other float files whether it
-    is faster or not."""
-
-    name: str
-    path: Path
-    model: ir.Model
-    plan: Plan | None = None
-    coverage: Coverage | None = None
-    checks: tuple[Check, ...] = ()
-    relief: int = 0  # 1: has as little noise as the recipe asks for; 2: and won back half of the metric's drop
-    kept_float: Mapping[str, str] = field(default_factory=dict)
-    asked: bool = False
-    quantizer: Quantizer | None = None  # that made it
-    proof: Path | None = (
-        None  # a file that rounds as its device does, where the runtime here computes this one otherwise
-    )
-
-    @property
-    def accurate(self) -> bool:
-        return all(check.passed for check in self.checks)
-
-    @property
-    def missed(self) -> str:
-        """The limits it misses, in words."""
-        failed = [check for check in self.checks if not check.passed]
-        return "; ".join(f"{check.name} is {check.value:.4g}, limit {check.limit:.4g}" for check in failed)
 
 
 @dataclass(frozen=True)
@@ -102,7 +56,7 @@ def settle(
 ) -> Settled:
     """Choose among ``floats`` and what ``quantizer`` can make. ``folder`` receives the candidates' files."""
     drafts = _integer_drafts(quantizer, judge, context, folder) if quantizer is not None else []
-    drafts += _in_own_kernels([draft for draft in drafts if draft.accurate], judge, context)
+    drafts += in_own_kernels_too([draft for draft in drafts if draft.accurate], judge, context)
     accurate = [draft for draft in drafts if draft.accurate]
     ratios, best_float, proven = _proven(list(floats), accurate, feeds, context)
     unproven = next((draft for draft in floats if draft.asked), best_float)
@@ -168,33 +122,22 @@ def _integer_drafts(quantizer: Quantizer, judge: Judge, context: Context, folder
 def _whole_drafts(quantizer: Quantizer, suffix: str, judge: Judge, context: Context, folder: Path) -> list[Draft]:
     """Drafts that nothing was repaired in: all that fuses, what gains here, with what a float kernel does in one left
     to it, and, if all lose, products by weights."""
-    first = _draft(f"int8 everywhere it fuses{suffix}", quantizer, context, folder)
+    first = drafted(f"int8 everywhere it fuses{suffix}", quantizer, context, folder)
     if first is None:
         context.recorder.warn("nothing-to-quantize", "no node of this model has an integer kernel worth its Q/DQ")
         return []
     made: list[Draft | None] = [first]
     if first.plan is not None and context.target.provider == CPU.name and not elsewhere(context.target):
         quantizer.learn_costs(first.plan, first.model)
-        made.append(_draft(f"int8 where this machine gains{suffix}", quantizer, context, folder))
+        made.append(drafted(f"int8 where this machine gains{suffix}", quantizer, context, folder))
         taken = quantizer.taken_in()
         if any(draft is not None and draft.plan is not None and draft.plan.integer.keys() & taken for draft in made):
-            made.append(_draft(f"int8 around fused kernels{suffix}", quantizer, context, folder, taken))
-    drafts = _judged_once(made, judge, context)
+            made.append(drafted(f"int8 around fused kernels{suffix}", quantizer, context, folder, taken))
+    drafts = judged_once(made, judge, context)
     if _any_accurate(drafts) or context.target.whole:
         return drafts
-    last = _draft(f"int8 where weights are{suffix}", quantizer, context, folder, _without_weights(quantizer))
-    return [*drafts, *_judged_once([last], judge, context, beside=drafts)]
-
-
-def _judged_once(
-    made: Sequence[Draft | None], judge: Judge, context: Context, beside: Sequence[Draft] = ()
-) -> list[Draft]:
-    """Those that were made, judged, without ones of the same plan as another before or ``beside`` them."""
-    kept: list[Draft] = []
-    for draft in made:
-        if draft is not None and not any(_same(draft, other) for other in (*beside, *kept)):
-            kept.append(_judged(draft, judge, context))
-    return kept
+    last = drafted(f"int8 where weights are{suffix}", quantizer, context, folder, _without_weights(quantizer))
+    return [*drafts, *judged_once([last], judge, context, beside=drafts)]
 
 
 def _any_accurate(drafts: Sequence[Draft]) -> bool:
@@ -218,10 +161,10 @@ def _relief(drafts: Sequence[Draft], judge: Judge, context: Context, folder: Pat
         count = _count([value for _, value in ranked], wanted)
         reasons = {name: f"quantized alone it leaves {decibel(value):.1f} dB of SNR" for name, value in ranked[:count]}
         name = f"{best.name}, {wanted:g} dB relieved"
-        draft = _draft(name, quantizer, context, folder, {**best.kept_float, **reasons})
+        draft = drafted(name, quantizer, context, folder, {**best.kept_float, **reasons})
         if draft is None or draft.plan is None:
             break
-        made.append(_judged(draft, judge, context))
+        made.append(judged(draft, judge, context))
         if made[-1].accurate and _drop(made[-1]) <= _drop(best) / 2:
             break
     return [replace(draft, relief=_relief_of(draft, best, quantizer.relief_db)) for draft in made]
@@ -256,62 +199,6 @@ def _snr(draft: Draft) -> float:
     return next((check.value for check in draft.checks if check.name == "snr_db"), -math.inf)
 
 
-def _same(one: Draft, other: Draft) -> bool:
-    return one.plan is not None and other.plan is not None and one.plan.integer.keys() == other.plan.integer.keys()
-
-
-def _draft(
-    name: str, quantizer: Quantizer, context: Context, folder: Path, extra: Mapping[str, str] | None = None
-) -> Draft | None:
-    """Plan, build, read back and write a draft; None when nothing ends up integer."""
-    with context.recorder.step("quantize") as facts:
-        plan, model, seen = quantizer.fused(extra)
-        facts.update(draft=name, integer_atoms=len(plan.integer), integer_macs_share=seen.integer_macs_share)
-        if not plan.integer:
-            context.recorder.info("no-gain", f"draft {name!r} is empty: no node left gains from integers here")
-            return None
-        path = folder / f"{name.replace(' ', '-').replace(',', '')}.onnx"
-        lowered = context.lower(quantizer.finished(plan, legalize(model, context.target)))
-        context.emit(lowered.clone(), path)
-        proof = None
-        if quantizer.narrow is not None and context.target.provider == CPU.name:
-            proof = path.with_name(f"{path.stem}-rounded.onnx")
-            context.emit(rounded(lowered), proof)
-    return Draft(name, path, model, plan, seen, kept_float=extra or {}, quantizer=quantizer, proof=proof)
-
-
-def _in_own_kernels(drafts: Sequence[Draft], judge: Judge, context: Context) -> list[Draft]:
-    """Each draft in edgeq's own kernels, where it has nodes for them and the target's are to be had: the race tells
-    which of the two files is faster."""
-    if not context.target.kernels or elsewhere(context.target):
-        return []
-    made = []
-    for draft in drafts:
-        with context.recorder.step("own kernels") as facts:
-            lowered = [in_own_kernels(io.read(file), context.target) for file in context.files(draft.path)]
-            model, counts = lowered[-1]
-            facts.update(draft=draft.name, kernels=counts)
-        if not counts or draft.plan is None or draft.quantizer is None or draft.proof is not None:
-            continue
-        if isinstance(lacking := kernels.here(), str):
-            context.recorder.info("no-kernels", f"no draft runs in edgeq's own kernels: {lacking}")
-            break
-        path = draft.path.with_name(f"{draft.path.stem}-own-kernels.onnx")
-        for (one, _), file in zip(lowered, context.files(path), strict=True):
-            emit(one, context.target, file)
-        seen, _ = read_back(model, draft.plan, draft.quantizer.shapes, context.target)
-        made.append(
-            _judged(replace(draft, name=f"{draft.name}, own kernels", path=path, coverage=seen), judge, context)
-        )
-    return made
-
-
-def _judged(draft: Draft, judge: Judge, context: Context) -> Draft:
-    with context.recorder.step("judge") as facts:
-        facts["draft"] = draft.name
-        return replace(draft, checks=tuple(judge(draft.proof or draft.path)))
-
-
 def _repairs(draft: Draft, judge: Judge, context: Context, folder: Path) -> Iterator[Draft]:
     """Drafts that repair ``draft``, until one is accurate: with better ranges, then with ever more of
     the most harmful atoms back in float."""
@@ -322,9 +209,9 @@ def _repairs(draft: Draft, judge: Judge, context: Context, folder: Path) -> Iter
     loudest = sorted(noise, key=noise.__getitem__, reverse=True)[:REFINED]
     kept = dict(draft.kept_float)
     if quantizer.refine_ranges(draft.plan, loudest):
-        refined = _draft(f"{draft.name}, ranges refined", quantizer, context, folder, kept)
+        refined = drafted(f"{draft.name}, ranges refined", quantizer, context, folder, kept)
         if refined is not None and refined.plan is not None:
-            refined = _judged(refined, judge, context)
+            refined = judged(refined, judge, context)
             yield refined
             if refined.accurate or refined.plan is None:
                 return
@@ -333,14 +220,14 @@ def _repairs(draft: Draft, judge: Judge, context: Context, folder: Path) -> Iter
     for count in _counts([value for _, value in ranked]):
         reasons = {name: f"quantized alone it leaves {decibel(value):.1f} dB of SNR" for name, value in ranked[:count]}
         name = f"{draft.name}, {len(reasons)} most sensitive kept float"
-        tried = _draft(name, quantizer, context, folder, {**kept, **reasons})
+        tried = drafted(name, quantizer, context, folder, {**kept, **reasons})
         if tried is None:
             return
         integer = frozenset(tried.plan.integer) if tried.plan is not None else frozenset()
         if integer == before:  # what is given up was float already, between others that were: the same file
             continue
         before = integer
-        tried = _judged(tried, judge, context)
+        tried = judged(tried, judge, context)
         yield tried
         if tried.accurate:
             return
